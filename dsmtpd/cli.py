@@ -1,0 +1,107 @@
+"""The command line: the usage text, and argv turned into `Options`."""
+
+from __future__ import annotations
+
+import os.path
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from docopt import DocoptExit, docopt
+
+from dsmtpd import __version__
+from dsmtpd.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+USAGE = """\
+dsmtpd takes every mail, shows it as one line, and never sends any.
+
+Usage:
+  dsmtpd [options]
+
+Options:
+  -p PORT, --port PORT        Listen on this port; 0 takes a free one [default: 1025].
+  -i NAME, --interface NAME   Listen on this address or host name [default: 127.0.0.1].
+  -d DIR, --directory DIR     Store the mails in this Maildir, which is made if need be;
+                              without it, nothing is stored.
+  -s BYTES, --max-size BYTES  Take no larger message; 0 takes any [default: 33554432].
+  --disable-smtputf8          Do not offer SMTPUTF8, and refuse non-ASCII addresses.
+  --version                   Print the version and exit.
+  -h, --help                  Print this text and exit.
+"""
+
+# RFC 1870, section 4: a size has at most 20 digits.
+_NUMBER = re.compile(r"[0-9]{1,20}")
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out; the text names the option and its value."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    """Return what *argv*, by default the arguments of this process, asks for.
+
+    `--help` and `--version` print and end the process, which is docopt's way: `SystemExit`.
+
+    Raises `UsageError` for an argument that is unknown, given twice, incomplete or out of range.
+    """
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    return Options(
+        interface=_name("--interface", arguments["--interface"]),
+        port=_number("--port", arguments["--port"], "a port from 0 to 65535", 65535),
+        directory=_directory("--directory", arguments["--directory"]),
+        max_size=_number("--max-size", arguments["--max-size"], "a number of bytes, 0 or more"),
+        disable_smtputf8=arguments["--disable-smtputf8"],
+    )
+
+
+def _parse(argv: list[str]) -> dict[str, Any]:
+    try:
+        return docopt(USAGE, argv, version=__version__)
+    except DocoptExit as error:
+        raise UsageError(f"{_complaint(error, argv)} (see dsmtpd --help)") from None
+
+
+def _complaint(error: DocoptExit, argv: list[str]) -> str:
+    """Tell in one line what docopt dislikes about *argv*.
+
+    docopt names an option that lacks its value, or has one too many. It does not name an argument
+    that it has no place for: that is the one behind the longest beginning that it can parse.
+    """
+    line = str(error).partition("\n")[0]
+    if line.startswith("-"):
+        return line
+    count = next(count for count in reversed(range(len(argv))) if _can_parse(argv[:count]))
+    return f"Unexpected argument: {argv[count]!r}"
+
+
+def _can_parse(argv: list[str]) -> bool:
+    try:
+        docopt(USAGE, argv)
+    except DocoptExit:
+        return False
+    return True
+
+
+def _name(option: str, value: str) -> str:
+    # To the system an empty name means every interface, which an unset variable must not open.
+    if not value:
+        raise UsageError(f"{option}: '' is not a name")
+    return value
+
+
+def _number(option: str, value: str, wanted: str, most: float = float("inf")) -> int:
+    if _NUMBER.fullmatch(value) and int(value) <= most:
+        return int(value)
+    raise UsageError(f"{option}: {value!r} is not {wanted}")
+
+
+def _directory(option: str, value: str | None) -> str | None:
+    if value is None:
+        return None
+    path = os.path.expanduser(_name(option, value))  # noqa: PTH111  # shown as it was typed
+    if path.startswith("~"):
+        raise UsageError(f"{option}: {value!r} names a user without a home")
+    return path

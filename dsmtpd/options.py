@@ -1,0 +1,27 @@
+"""What the user asked for, as one frozen record that knows nothing of dashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_INTERFACE = "127.0.0.1"
+DEFAULT_PORT = 1025
+DEFAULT_MAX_SIZE = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to listen, what to take and where to store it.
+
+    *interface*: the address or the name of the interface to listen on.
+    *port*: the TCP port, 0 to 65535; 0 takes a free one.
+    *directory*: the Maildir that incoming mails are stored in, or None to store nothing.
+    *max_size*: the largest message that is taken, in octets; 0 sets no limit (RFC 1870, section 3).
+    *disable_smtputf8*: do not offer SMTPUTF8 (RFC 6531) and refuse non-ASCII addresses.
+    """
+
+    interface: str = DEFAULT_INTERFACE
+    port: int = DEFAULT_PORT
+    directory: str | None = None
+    max_size: int = DEFAULT_MAX_SIZE
+    disable_smtputf8: bool = False

@@ -1,0 +1,143 @@
+"""Listens: a context manager over an aiosmtpd controller that fails at once and knows its port."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from aiosmtpd.controller import UnthreadedController
+
+from dsmtpd import __version__
+from dsmtpd.protocol import SMTP
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from dsmtpd.options import Options
+
+# Long enough for the loop to close sockets, short enough for the two seconds that a stop may take.
+_CLOSING_SECONDS = 1.0
+
+log = logging.getLogger(__package__)
+
+
+class ListenError(OSError):
+    """The server cannot listen; the text names the interface, the port and the reason."""
+
+
+class Listener:
+    """An SMTP server that listens while its `with` block runs, in a thread of its own.
+
+    *handler* has the hooks that aiosmtpd asks its handlers for, and *options* tell where to listen
+    and what to offer. Inside the block, *host* and *port* are the real ones, also for port 0.
+
+    Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
+    other clients.
+    """
+
+    host: str
+    port: int
+
+    def __init__(self, handler: object, options: Options) -> None:
+        """Open nothing yet."""
+        self._handler = handler
+        self._options = options
+
+    def __enter__(self) -> Self:
+        """Listen; raises `ListenError` as soon as the system says that it cannot be."""
+        self._controller = _Controller(self._handler, self._options)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
+        try:
+            self._thread.submit(self._controller.begin).result()
+        except (OSError, UnicodeError) as error:
+            self._thread.submit(self._controller.loop.close).result()
+            self._thread.shutdown()
+            where = f"{self._options.interface}, port {self._options.port}"
+            raise ListenError(f"Cannot listen on {where}: {_reason(error)}") from error
+        self.host, self.port = self._controller.address
+        self._thread.submit(self._controller.loop.run_forever)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        loop = self._controller.loop
+        asyncio.run_coroutine_threadsafe(self._controller.drain(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.submit(loop.close).result()
+        self._thread.shutdown()
+
+
+class _Controller(UnthreadedController):
+    """Makes our sessions, all from the same answers to questions that are asked only once."""
+
+    server: asyncio.Server
+
+    def __init__(self, handler: object, options: Options) -> None:
+        super().__init__(
+            handler,
+            hostname=options.interface,
+            port=options.port,
+            # Without a name aiosmtpd asks the resolver for one at every connection, which can take
+            # 20 s. The system's own name needs no resolver.
+            server_hostname=socket.gethostname() or "localhost",
+            ident=f"dsmtpd {__version__}",
+            data_size_limit=options.max_size or None,
+            enable_SMTPUTF8=not options.disable_smtputf8,
+        )
+        self.loop.set_exception_handler(_report)
+        self._sessions: WeakSet[SMTP] = WeakSet()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port of the first socket."""
+        host, port = self.server.sockets[0].getsockname()[:2]
+        return host, port
+
+    def factory(self) -> SMTP:
+        """Return the protocol for a new connection."""
+        session = SMTP(self.handler, loop=self.loop, **self.SMTP_kwargs)
+        self._sessions.add(session)
+        return session
+
+    async def _create_server(self) -> asyncio.Server:
+        """Listen on all addresses of the interface, on one port."""
+        server = await self.loop.create_server(self.factory, self.hostname, self.port)
+        ports = {listening.getsockname()[1] for listening in server.sockets}
+        if len(ports) > 1:
+            # Port 0, and a name with several addresses: each has been given a port of its own.
+            server.close()
+            server = await self.loop.create_server(self.factory, self.hostname, ports.pop())
+        return server
+
+    async def drain(self) -> None:
+        """Stop listening, end all sessions, and wait for the deliveries that have begun."""
+        self.server.close()
+        await asyncio.gather(*(session.hang_up() for session in self._sessions))
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # what a handler began, or a connection that was being accepted
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.finalize(), _CLOSING_SECONDS)  # type: ignore[no-untyped-call]
+        # A client may have left while its mail was being delivered.
+        await self.loop.shutdown_default_executor()
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Return in a few words why the system did not let us listen."""
+    if isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    if isinstance(error, UnicodeError):
+        return "Malformed name"
+    # When none of the addresses is ours, asyncio (since Python 3.12) forgets the error's number.
+    return os.strerror(error.errno or errno.EADDRNOTAVAIL)
+
+
+def _report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log in one line what asyncio would print with a traceback."""
+    log.error("%s: %r", context["message"], context.get("exception"))

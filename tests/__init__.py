@@ -1,0 +1,1 @@
+"""The tests of dsmtpd, a module for each module of the package."""

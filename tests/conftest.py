@@ -1,0 +1,34 @@
+"""The fixtures that several test modules need."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.tools import Daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Daemon]]:
+    """Start the command as a process, with the arguments of `Daemon`; end it with the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(closing(Daemon(*args, **kwargs)))
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_main() -> Iterator[None]:
+    """Undo what `main` sets for its process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    levels = {name: logging.getLogger(name).level for name in (None, "mail.log")}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

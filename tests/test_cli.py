@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from dsmtpd import __version__
+from dsmtpd.cli import UsageError, parse_args
+from dsmtpd.options import Options
+
+
+def test_no_arguments_ask_for_the_defaults() -> None:
+    assert parse_args([]) == Options()
+
+
+@pytest.mark.parametrize(
+    ("argv", "options"),
+    [
+        (["-p", "0"], Options(port=0)),
+        (["--port=65535"], Options(port=65535)),
+        (["-i", "::1"], Options(interface="::1")),
+        (["--interface", "localhost"], Options(interface="localhost")),
+        (["-d", "mails"], Options(directory="mails")),
+        (["--directory", "a b/"], Options(directory="a b/")),
+        (["-s", "0"], Options(max_size=0)),
+        (["--max-size", "12345678901234567890"], Options(max_size=12345678901234567890)),
+        (["--disable-smtputf8"], Options(disable_smtputf8=True)),
+        (["-p2525", "-dx", "-s1"], Options(port=2525, directory="x", max_size=1)),
+    ],
+)
+def test_each_option_has_a_short_or_a_long_form(argv: list[str], options: Options) -> None:
+    assert parse_args(argv) == options
+
+
+def test_the_arguments_of_the_process_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dsmtpd", "--port", "26"])
+    assert parse_args().port == 26
+
+
+def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert parse_args(["--directory=~/mails"]).directory == "/home/someone/mails"
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--foo"], "Unexpected argument: '--foo' (see dsmtpd --help)"),
+        (["-x"], "Unexpected argument: '-x' (see dsmtpd --help)"),
+        (["-p", "1", "spam"], "Unexpected argument: 'spam' (see dsmtpd --help)"),
+        (["-p", "1", "--port=2"], "Unexpected argument: '--port=2' (see dsmtpd --help)"),
+        (["spam", "-p", "1"], "Unexpected argument: 'spam' (see dsmtpd --help)"),
+        (["--no\nsuch"], r"Unexpected argument: '--no\nsuch' (see dsmtpd --help)"),
+        (["-p"], "-p requires argument (see dsmtpd --help)"),
+        (["-d", "x", "--port"], "--port requires argument (see dsmtpd --help)"),
+        (["--version=1"], "--version must not have an argument (see dsmtpd --help)"),
+        (["-p", "70000"], "--port: '70000' is not a port from 0 to 65535"),
+        (["-p", "65536"], "--port: '65536' is not a port from 0 to 65535"),
+        (["-p", "-1"], "--port: '-1' is not a port from 0 to 65535"),
+        (["-p", "smtp"], "--port: 'smtp' is not a port from 0 to 65535"),
+        (["-p", ""], "--port: '' is not a port from 0 to 65535"),
+        (["-p", "1_0"], "--port: '1_0' is not a port from 0 to 65535"),
+        (["-p", "٢٥"], "--port: '٢٥' is not a port from 0 to 65535"),
+        (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
+        (["-s", "1e6"], "--max-size: '1e6' is not a number of bytes, 0 or more"),
+        (["-s", "9" * 21], f"--max-size: '{'9' * 21}' is not a number of bytes, 0 or more"),
+        (["-d", ""], "--directory: '' is not a name"),
+        (["-i", ""], "--interface: '' is not a name"),
+        (["-d", "~no.such.user/x"], "--directory: '~no.such.user/x' names a user without a home"),
+    ],
+)
+def test_bad_usage_is_told_in_one_line(argv: list[str], line: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_args(argv)
+    assert str(raised.value) == line
+
+
+def test_version_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_args(["--version"])
+    assert raised.value.code is None
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_args([option])
+    assert raised.value.code is None
+    text = capsys.readouterr().out
+    for name in ("-p", "-i", "-d", "-s", "--port", "--interface", "--directory", "--max-size"):
+        assert f"{name} " in text
+    assert "--disable-smtputf8" in text

@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import mailbox
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+from unittest.mock import call, patch
+
+import pytest
+from aiosmtpd.controller import Controller
+
+from dsmtpd import __version__, _dsmtpd
+from dsmtpd._dsmtpd import DsmtpdHandler, main
+from dsmtpd.maildir import ensure_maildir
+from dsmtpd.options import Options
+from dsmtpd.server import Listener
+from tests.tools import MAIL, PATIENCE, begin_data, connect, send, stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+FREE = Options(port=0)
+
+SESSION = SimpleNamespace(peer=("127.0.0.1", 1234))
+
+
+def envelope(content: bytes | str = MAIL) -> SimpleNamespace:
+    return SimpleNamespace(mail_from="a@x", rcpt_tos=["b@x", "c@x"], content=content)
+
+
+def handle(handler: DsmtpdHandler, content: bytes | str = MAIL) -> str:
+    return asyncio.run(handler.handle_DATA(None, SESSION, envelope(content)))
+
+
+@pytest.fixture
+def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that makes the disk fail with an error number, or work again with 0."""
+    number = 0
+
+    def fsync(_: int) -> None:
+        if number:
+            raise OSError(number, os.strerror(number), "/a/path/of/ours")
+
+    def fail(with_number: int) -> None:
+        nonlocal number
+        number = with_number
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return fail
+
+
+def test_the_historical_names_are_there() -> None:
+    assert all(hasattr(_dsmtpd, name) for name in _dsmtpd.__all__)
+    assert (_dsmtpd.LOGGERNAME, _dsmtpd.DEFAULT_INTERFACE) == ("dsmtpd", "127.0.0.1")
+    assert _dsmtpd.DEFAULT_PORT == 1025
+    assert _dsmtpd.log is logging.getLogger("dsmtpd")
+
+
+@pytest.mark.parametrize("content", [b"Subject: hi\r\n\r\nbody", "Subject: hi\n\nbody"])
+def test_a_mail_is_logged_through_the_modules_own_log(content: bytes | str) -> None:
+    with patch("dsmtpd._dsmtpd.log") as log:
+        assert handle(DsmtpdHandler(), content) == "250 OK"
+    shown = {"peer": "127.0.0.1:1234", "mail_from": "a@x", "rcpttos": "b@x, c@x", "subject": "hi"}
+    template = "%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]"
+    assert log.mock_calls == [call.info(template, shown)]
+
+
+def test_a_mail_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    handle(DsmtpdHandler(), b"Subject: =?utf-8?q?caf=C3=A9=0A?=\r\n\r\n")
+    assert caplog.messages == [r"127.0.0.1:1234: a@x -> b@x, c@x [café\n]"]
+
+
+def test_nothing_is_stored_without_a_maildir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert handle(DsmtpdHandler()) == "250 OK"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mail_is_stored_behind_its_envelope(tmp_path: Path) -> None:
+    maildir = tmp_path / "a" / "b"
+    assert handle(DsmtpdHandler(str(maildir))) == "250 OK"
+    head = b"X-Peer: ('127.0.0.1', 1234)\nX-MailFrom: a@x\nX-RcptTo: b@x, c@x\n"
+    assert stored(maildir) == [head + b"Subject: Hello\n\nHi there.\n"]
+    (mail,) = mailbox.Maildir(maildir)
+    assert mail["Subject"] == "Hello"
+
+
+def test_the_handler_works_under_a_plain_controller_of_aiosmtpd(tmp_path: Path) -> None:
+    # aiosmtpd's own Controller cannot tell which free port it took.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    controller = Controller(DsmtpdHandler(tmp_path), hostname="127.0.0.1", port=port)
+    controller.start()
+    try:
+        send(port)
+    finally:
+        controller.stop()
+    assert len(stored(tmp_path)) == 1
+
+
+def test_dots_are_unstuffed_and_the_dot_that_ends_the_mail_is_not_stored(tmp_path: Path) -> None:
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener:
+        send(listener.port, b"\r\n.\r\n..\r\n.a\r\nend\r\n")
+    (mail,) = stored(tmp_path)
+    assert mail.endswith(b"X-RcptTo: b@example.com\n\n.\n..\n.a\nend\n")
+
+
+def test_fifty_sessions_store_a_thousand_distinct_intact_mails(tmp_path: Path) -> None:
+    contents = [[b"Subject: %d-%d\r\n" % (a, b) + b"x" * b for b in range(20)] for a in range(50)]
+
+    def work(mine: list[bytes]) -> None:
+        with connect(listener.port) as client:
+            for content in mine:
+                client.sendmail("a@x", ["b@x"], content)
+
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener, ThreadPoolExecutor(50) as pool:
+        list(pool.map(work, contents))
+    mails = [mail.partition(b"X-RcptTo: b@x\n")[2] for mail in stored(tmp_path)]
+    sent = [content.replace(b"\r\n", b"\n").rstrip(b"\n") for mine in contents for content in mine]
+    assert sorted(mail.rstrip(b"\n") for mail in mails) == sorted(sent)
+
+
+@pytest.mark.parametrize(
+    ("number", "reply"),
+    [
+        (errno.ENOSPC, "452 4.3.1 Storage full"),
+        (errno.EDQUOT, "452 4.3.1 Storage full"),
+        (errno.EIO, "451 4.3.0 Storage failed"),
+        (errno.EACCES, "451 4.3.0 Storage failed"),
+    ],
+)
+def test_storage_trouble_is_temporary_and_told_in_one_line(
+    tmp_path: Path,
+    failing_sync: Callable[[int], None],
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    reply: str,
+) -> None:
+    handler = DsmtpdHandler(tmp_path)
+    failing_sync(number)
+    assert handle(handler) == reply
+    assert caplog.messages == [
+        f"Cannot store a mail in {tmp_path}: /a/path/of/ours: {os.strerror(number)}"
+    ]
+    assert stored(tmp_path) == []
+    failing_sync(0)
+    assert handle(handler) == "250 OK"
+    assert len(stored(tmp_path)) == 1
+
+
+def test_a_maildir_that_has_become_a_file_is_temporary_trouble(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    maildir = tmp_path / "maildir"
+    handler = DsmtpdHandler(maildir)
+    shutil.rmtree(maildir)
+    maildir.touch()
+    assert handle(handler) == "451 4.3.0 Storage failed"
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == ["Not a directory"]
+    maildir.unlink()
+    assert handle(handler) == "250 OK"
+    assert len(stored(maildir)) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("this machine does not allow a mount")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_refuses_mails_until_there_is_room(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    maildir = small_disk / "maildir"
+    ballast = small_disk / "ballast"
+    with Listener(DsmtpdHandler(maildir), FREE) as listener, connect(listener.port) as client:
+        ballast.write_bytes(bytes(64 * 1024))
+        begin_data(client)
+        client.send((b"x" * 98 + b"\r\n") * 1000 + b".\r\n")
+        assert client.getreply() == (452, b"4.3.1 Storage full")
+        assert stored(maildir) == []
+        ballast.unlink()
+        client.sendmail("a@x", ["b@x"], MAIL)
+    assert len(stored(maildir)) == 1
+    (line,) = caplog.messages
+    assert line.endswith(": No space left on device")
+
+
+def test_a_fault_of_ours_is_answered_without_a_word_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(DsmtpdHandler):
+        async def handle_DATA(self, *_: object) -> str:
+            raise ZeroDivisionError("/a/path/of/ours")
+
+    with Listener(Faulty(), FREE) as listener, connect(listener.port) as client:
+        begin_data(client)
+        client.send(b".\r\n")
+        assert client.getreply() == (451, b"4.3.0 Internal error")
+        assert client.noop()[0] == 250
+    assert caplog.messages == ["Internal error: ZeroDivisionError('/a/path/of/ours')"]
+    assert caplog.records[0].exc_info is None
+
+
+class Gate:
+    """Stops a thread that passes through, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def pass_through(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(PATIENCE)
+
+
+def test_a_slow_disk_keeps_no_other_session_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    with (
+        Listener(DsmtpdHandler(tmp_path), FREE) as listener,
+        connect(listener.port) as busy,
+        connect(listener.port) as other,
+    ):
+        begin_data(busy)
+        busy.send(b".\r\n")
+        assert gate.reached.wait(PATIENCE)
+        assert other.noop()[0] == 250
+        assert list((tmp_path / "new").iterdir()) == []
+        gate.opened.set()
+        assert busy.getreply() == (250, b"OK")
+
+
+def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    with ExitStack() as block, ThreadPoolExecutor(1) as pool:
+        listener = block.enter_context(Listener(DsmtpdHandler(tmp_path), FREE))
+        idle, client = connect(listener.port), connect(listener.port)
+        begin_data(client)
+        client.send(b".\r\n")
+        assert gate.reached.wait(PATIENCE)
+        client.close()
+        leaving = pool.submit(block.close)
+        assert idle.getreply()[0] == 421
+        idle.close()
+        gate.opened.set()
+        leaving.result(PATIENCE)
+    assert len(stored(tmp_path)) == 1
+
+
+class Stopper(logging.Handler):
+    """Waits for the log to say that the server listens, sends a mail and then *number*."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def emit(self, record: logging.LogRecord) -> None:
+        match = re.search(r"at (\S+):(\d+) size limit", record.getMessage())
+        if match:
+            threading.Thread(target=self.act, args=(int(match[2]),)).start()
+
+    def act(self, port: int) -> None:
+        try:
+            send(port)
+        finally:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def stopper(caplog: pytest.LogCaptureFixture) -> Iterator[Stopper]:
+    caplog.set_level(logging.INFO)
+    handler = Stopper(signal.SIGTERM)
+    logging.getLogger("dsmtpd").addHandler(handler)
+    yield handler
+    logging.getLogger("dsmtpd").removeHandler(handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_main_takes_mails_until_a_signal(
+    tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    stopper.number = number
+    maildir = tmp_path / "maildir"
+    ensure_maildir(maildir)
+    (maildir / "cur" / "old").touch()
+    assert main(["-p", "0", "-d", str(maildir)]) == 0
+    starting, *middle, mail, last = caplog.messages
+    assert re.fullmatch(
+        rf"Starting dsmtpd {__version__} at 127\.0\.0\.1:\d+ size limit 33554432", starting
+    )
+    assert set(middle) == {
+        "Found a Maildir storage with 1 mails",
+        f"Storing the incoming emails into {maildir}",
+    }
+    assert mail.endswith(": a@example.com -> b@example.com [Hello]")
+    assert last == "Cleaning up"
+    assert len(stored(maildir)) == 1
+
+
+@pytest.mark.usefixtures("stopper")
+def test_main_stores_nothing_unless_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dsmtpd", "--port=0", "--max-size=0"])
+    assert main() == 0
+    assert caplog.messages[0].endswith(" size limit None")
+    assert len(caplog.messages) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_usage_is_exit_code_2(caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["--port", "x"]) == 2
+    assert caplog.messages == ["--port: 'x' is not a port from 0 to 65535"]
+
+
+def test_an_unusable_maildir_is_exit_code_2(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a\nfile").touch()
+    assert main(["-p", "0", "-d", str(tmp_path / "a\nfile")]) == 2
+    path = rf"{tmp_path}/a\nfile"
+    assert caplog.messages == [f"Cannot store mails in {path}: {path}: Not a directory"]
+
+
+def test_a_port_in_use_is_exit_code_1(caplog: pytest.LogCaptureFixture) -> None:
+    with Listener(DsmtpdHandler(), FREE) as listener:
+        assert main(["-p", str(listener.port)]) == 1
+    assert caplog.messages == [
+        f"Cannot listen on 127.0.0.1, port {listener.port}: Address already in use"
+    ]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(stopper: Stopper) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert stopper.number == signal.SIGTERM
+    assert main(["-p", "0"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dsmtpd import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+
+@contextmanager
+def root() -> Iterator[logging.Logger]:
+    """Lend the root logger as a new process has it, without the handlers of pytest."""
+    logger = logging.getLogger()
+    handlers, logger.handlers = logger.handlers, []
+    try:
+        yield logger
+    finally:
+        logger.handlers = handlers
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("dsmtpd", logging.INFO, __file__, 1, text, (), None)
+
+
+def test_a_record_is_a_line_with_the_time_and_the_level(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with root():
+        logs.configure()
+        logging.getLogger("dsmtpd").info("Hello, %s", "é")
+        logging.getLogger("dsmtpd").debug("not shown")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO: Hello, é\n", line)
+
+
+def test_aiosmtpd_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with root():
+        logs.configure()
+        logging.getLogger("mail.log").warning("unrecognised: \x1b")
+        logging.getLogger("mail.log").error("told")
+    assert capsys.readouterr().err.endswith(" ERROR: told\n")
+
+
+def test_logging_that_is_set_up_already_is_left_alone() -> None:
+    with root() as logger:
+        logger.addHandler(logging.NullHandler())
+        logs.configure()
+        assert [type(handler) for handler in logger.handlers] == [logging.NullHandler]
+
+
+def test_a_closed_stderr_is_replaced_so_that_no_file_gets_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with root():
+        logs.configure()
+        with sys.stderr:
+            assert sys.stderr.name == os.devnull
+            logging.getLogger("dsmtpd").info("nobody reads this")
+
+
+def test_a_pipe_without_a_reader_drops_records_and_leaves_nothing_to_flush() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        handler = logs.StderrHandler(stream)
+        handler.emit(record("lost"))
+        handler.close()
+        # Had the record stayed in the buffer, this would raise BrokenPipeError.
+        stream.flush()
+
+
+def test_a_mistake_in_a_record_is_still_told(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logs.StderrHandler(io.StringIO())
+    mistake = record("%d")
+    mistake.args = ("no number",)
+    handler.emit(mistake)
+    assert "TypeError" in capsys.readouterr().err

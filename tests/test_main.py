@@ -1,0 +1,215 @@
+"""The real command, as a process of its own, with real clients."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import signal
+import socket
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from dsmtpd import __version__
+from dsmtpd.maildir import ensure_maildir
+from tests.tools import RUN, Daemon, begin_data, connect, send, stored
+
+# The whole time that the end may take, from the signal on.
+END_SECONDS = 2.0
+
+
+class Start(Protocol):
+    def __call__(self, *arguments: str, **settings: Any) -> Daemon: ...
+
+
+def without(capability: str) -> list[str]:
+    """Return the words before a command that take *capability* from root; none for other users."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    return ["setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"]
+
+
+def test_the_module_runs_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["dsmtpd", "--version"])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_module("dsmtpd", run_name="__main__")
+    assert not raised.value.code
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("run", [RUN, [str(Path(sysconfig.get_path("scripts"), "dsmtpd"))]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_mail_is_logged_and_stored_until_a_signal_ends_the_command(
+    start: Start, tmp_path: Path, run: list[str], number: signal.Signals
+) -> None:
+    maildir = tmp_path / "a" / "b"
+    daemon = start("-p", "0", "-d", str(maildir), run=run)
+    send(daemon.port())
+    code, lines = daemon.end(number)
+    assert code == 0
+    storing, mail, last = [line.split(" ", 2)[2] for line in lines]
+    assert storing == f"INFO: Storing the incoming emails into {maildir}"
+    assert mail.startswith("INFO: 127.0.0.1:")
+    assert mail.endswith(": a@example.com -> b@example.com [Hello]")
+    assert last == "INFO: Cleaning up"
+    assert len(stored(maildir)) == 1
+
+
+def test_without_a_maildir_no_folder_is_touched(start: Start, tmp_path: Path) -> None:
+    daemon = start("--port=0", cwd=tmp_path)
+    send(daemon.port())
+    code, lines = daemon.end(signal.SIGTERM)
+    assert (code, len(lines)) == (0, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ipv6_is_shown_in_brackets(start: Start) -> None:
+    daemon = start("-p", "0", "-i", "::1")
+    send(daemon.port(), host="::1")
+    _, (mail, _) = daemon.end(signal.SIGTERM)
+    assert " INFO: [::1]:" in mail
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--frobnicate"], "Unexpected argument: '--frobnicate' (see dsmtpd --help)"),
+        (["--port"], "--port requires argument (see dsmtpd --help)"),
+        (["--port=70000"], "--port: '70000' is not a port from 0 to 65535"),
+        (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
+        (
+            ["-d", "/dev/null"],
+            "Cannot store mails in /dev/null: /dev/null: Not a directory",
+        ),
+        (
+            ["-d", "/dev/null/x"],
+            "Cannot store mails in /dev/null/x: /dev/null/x: Not a directory",
+        ),
+        (
+            ["-d", "/proc/no/such"],
+            "Cannot store mails in /proc/no/such: /proc/no: No such file or directory",
+        ),
+    ],
+)
+def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
+    start: Start, arguments: list[str], line: str
+) -> None:
+    code, lines = start("-i", "no.such.interface.invalid", *arguments).end()
+    assert code == 2
+    assert [text.partition(" ERROR: ")[2] for text in lines] == [line]
+
+
+def test_a_maildir_that_is_not_writable_is_one_line_and_exit_code_2(
+    start: Start, tmp_path: Path
+) -> None:
+    ensure_maildir(tmp_path)
+    (tmp_path / "new").chmod(0o500)
+    run = [*without("dac_override"), *RUN]
+    code, lines = start("-p", "0", "-d", str(tmp_path), run=run).end()
+    assert code == 2
+    (line,) = lines
+    assert line.endswith(f"Cannot store mails in {tmp_path}: {tmp_path}/new: Not writable")
+
+
+@pytest.mark.parametrize(
+    ("interface", "reason"),
+    [
+        ("192.0.2.254", "Cannot assign requested address"),
+        ("a..b", "Malformed name"),
+    ],
+)
+def test_an_interface_that_cannot_be_had_is_one_line_and_exit_code_1(
+    start: Start, interface: str, reason: str
+) -> None:
+    code, lines = start("-p", "0", "-i", interface).end()
+    assert code == 1
+    (line,) = lines
+    assert line.endswith(f" ERROR: Cannot listen on {interface}, port 0: {reason}")
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_1(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, lines = start("-p", str(port)).end()
+    assert code == 1
+    (line,) = lines
+    assert line.endswith(f" Cannot listen on 127.0.0.1, port {port}: Address already in use")
+
+
+def test_a_port_that_is_not_permitted_is_one_line_and_exit_code_1(start: Start) -> None:
+    first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+    if not first.exists() or int(first.read_text()) <= 25:
+        pytest.skip("this machine permits every port to everybody")
+    code, lines = start("-p", "25", run=[*without("net_bind_service"), *RUN]).end()
+    assert code == 1
+    (line,) = lines
+    assert line.endswith(" ERROR: Cannot listen on 127.0.0.1, port 25: Permission denied")
+
+
+@pytest.mark.parametrize("state", ["idle", "in DATA"])
+def test_clients_that_stay_do_not_delay_the_end(start: Start, tmp_path: Path, state: str) -> None:
+    daemon = start("-p", "0", "-d", str(tmp_path / "maildir"))
+    port = daemon.port()
+    clients = [connect(port) for _ in range(5)]
+    for client in clients:
+        if state == "in DATA":
+            begin_data(client)
+            client.send(b"Subject: never finished\r\n")
+    begin = time.monotonic()
+    code, lines = daemon.end(signal.SIGTERM)
+    assert time.monotonic() - begin < END_SECONDS
+    assert code == 0
+    assert lines[-1].endswith("INFO: Cleaning up")
+    assert stored(tmp_path / "maildir") == []
+    for client in clients:
+        assert client.getreply()[0] == 421
+        client.close()
+
+
+def test_a_script_that_started_it_in_the_background_ends_it_with_sigterm(start: Start) -> None:
+    # In such a script SIGINT is ignored by what it starts with "&".
+    shell = ["sh", "-c", '"$@" & echo $!; wait $!', "sh"]
+    daemon = start("-p", "0", run=[*shell, *RUN])
+    port = daemon.port()
+    assert daemon.process.stdout is not None
+    process = int(daemon.process.stdout.readline())
+    os.kill(process, signal.SIGINT)
+    send(port)
+    os.kill(process, signal.SIGTERM)
+    code, lines = daemon.end()
+    assert code == 0
+    assert lines[-1].endswith("INFO: Cleaning up")
+
+
+def test_a_closed_stderr_loses_no_mail_and_stops_nothing(start: Start, tmp_path: Path) -> None:
+    daemon = start("-p", "0", "-d", str(tmp_path), log_lines=1)
+    port = daemon.port()
+    for _ in range(3):
+        send(port)
+    assert len(stored(tmp_path)) == 3
+    assert daemon.end(signal.SIGTERM) == (0, [])
+
+
+def test_an_ascii_locale_loses_no_mail_and_stops_nothing(start: Start, tmp_path: Path) -> None:
+    ascii_only = {
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+    }
+    maildir = tmp_path / "é"
+    daemon = start("-p", "0", "-d", str(maildir), env=ascii_only)
+    send(daemon.port(), "Subject: 🎉\r\n\r\né\r\n".encode())
+    code, lines = daemon.end(signal.SIGTERM)
+    assert code == 0
+    assert lines[1].endswith(r"a@example.com -> b@example.com [\U0001f389]")
+    assert len(stored(maildir)) == 1
+    assert "🎉".encode() in stored(maildir)[0]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import email
+import email.policy
+from email.header import decode_header
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsmtpd.message import Message, endpoint, printable
+
+PEER = ("127.0.0.1", 54321)
+
+
+def message(
+    content: bytes | str, mail_from: str = "a@x", rcpt_tos: tuple[str, ...] = ("b@x",)
+) -> Message:
+    envelope = SimpleNamespace(mail_from=mail_from, rcpt_tos=list(rcpt_tos), content=content)
+    return Message.from_envelope(PEER, envelope)
+
+
+@pytest.mark.parametrize(
+    ("field", "subject"),
+    [
+        (b"Subject: Welcome", "Welcome"),
+        (b"SUBJECT:Welcome", "Welcome"),
+        (b"Subject : Welcome \t", "Welcome"),
+        (b"Subject:", ""),
+        (b"To: b@x", ""),
+        (b"X-Subject: no\r\nSubject: yes\r\nSubject: too late", "yes"),
+        (b"Received: a\r\n\tSubject: folded\r\nSubject: real", "real"),
+        (b"Subject: in\r\n three\r\n\tlines", "in three lines"),
+        (b"Subject: bare\n line feed", "bare line feed"),
+        (b"Subject: =?utf-8?q?caf=C3=A9?= =?utf-8?b?8J+OiQ==?= au lait", "café🎉 au lait"),
+        (b"Subject: Re: =?ISO-8859-1?Q?caf=E9?=", "Re: café"),
+        (b"Subject: =?utf-8?b?w6k=?=\r\n =?utf-8?q?t=C3=A9?=", "été"),
+        (b"Subject: =?utf-8?b?8J+O?= =?utf-8?b?iQ==?=", "🎉"),
+        (b"Subject: =?utf-8*fr?q?=C3=A9t=C3=A9?=", "été"),
+        (b"Subject: C:\\users =?utf-8?q?=C3=A9?=", "C:\\users é"),
+        ("Subject: raw é 🎉".encode(), "raw é 🎉"),
+        (b"Subject: caf\xe9", "café"),
+        (b"Subject: =?utf-8?q?=FF?= rest", "\ufffd rest"),
+        (b"Subject: =?no-such?q?x?= rest", "=?no-such?q?x?= rest"),
+        (b"Subject: =?hex?q?00?=", "=?hex?q?00?="),
+        (b"Subject: =?undefined?q?x?=", "=?undefined?q?x?="),
+        (b"Subject: =?a\x00b?q?x?=", "=?a\x00b?q?x?="),
+        (b"Subject: =?utf-8?b?a?=", "=?utf-8?b?a?="),
+        (b"Subject: =?utf-8?q?open", "=?utf-8?q?open"),
+        (b"not a field\r\nSubject: in the body", ""),
+        (b"To: b@x\r\n\r\nSubject: in the body", ""),
+    ],
+)
+def test_the_subject_is_unfolded_and_decoded(field: bytes, subject: str) -> None:
+    assert message(field).subject == subject
+    assert message(field + b"\r\n\r\nbody\r\n").subject == subject
+    assert message(field.replace(b"\r\n", b"\n") + b"\n\nbody\n").subject == subject
+
+
+def test_an_empty_mail_has_no_subject() -> None:
+    assert message(b"").subject == ""
+
+
+def test_text_is_taken_for_the_bytes_that_it_was() -> None:
+    assert message("Subject: é\udcff\n").content == b"Subject: \xc3\xa9\xff\n"
+
+
+def test_a_missing_envelope_value_is_the_null_reverse_path_or_the_empty_mail() -> None:
+    envelope = SimpleNamespace(mail_from=None, rcpt_tos=[], content=None)
+    assert Message.from_envelope(PEER, envelope) == Message(PEER, "<>", (), b"")
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (("127.0.0.1", 25), "127.0.0.1:25"),
+        (("::1", 33192, 0, 0), "[::1]:33192"),
+        (("fe80::1%eth0", 25, 0, 2), "[fe80::1%eth0]:25"),
+        (("localhost", 25), "localhost:25"),
+        ("/run/socket", "/run/socket"),
+        (None, "None"),
+    ],
+)
+def test_an_ipv6_host_stands_in_brackets(address: Any, text: str) -> None:
+    assert endpoint(address) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, é, 用户, 🎉", "plain, é, 用户, 🎉"),
+        ("a\r\nb", r"a\r\nb"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\x00\x07\x7f\x85\x9b", r"\x00\x07\x7f\x85\x9b"),
+        ("\u202egpj.exe", r"\u202egpj.exe"),
+        ("\u2028\u2066", r"\u2028\u2066"),
+        ("caf\udce9", r"caf\udce9"),
+        ("\U000e0041", r"\U000e0041"),
+    ],
+)
+def test_what_is_not_printable_is_shown_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_the_summary_is_printable_in_all_its_parts() -> None:
+    hostile = message(b"Subject: =?utf-8?q?a=1Bb=0Ac?=\r\n", "\x1b@x", ("b\u202e@x", "c@x"))
+    assert hostile.summary() == {
+        "peer": "127.0.0.1:54321",
+        "mail_from": r"\x1b@x",
+        "rcpttos": r"b\u202e@x, c@x",
+        "subject": r"a\x1bb\nc",
+    }
+
+
+def test_the_envelope_stands_before_the_mail() -> None:
+    head, mail = message(b"X-MailFrom: c@x\r\n\r\nhi\r\n", "a@x", ("b@x", "c@x")).stored()
+    assert head == b"X-Peer: ('127.0.0.1', 54321)\nX-MailFrom: a@x\nX-RcptTo: b@x, c@x\n"
+    assert mail == b"X-MailFrom: c@x\n\nhi\n"
+    assert email.message_from_bytes(head + mail)["X-MailFrom"] == "a@x"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no header at all",
+        b"Subject:  odd \r\n\t \r\n   folding\r\n\r\n",
+        b"\r\nonly a body\r\n",
+        b"Subject: no blank line\r\nbody\r\n",
+        b"Subject: caf\xe9\r\n\r\n\xff\xfe\x00\r\n",
+        b'Content-Type: multipart/signed; boundary="a b"\r\n\r\n--a b\r\nunclosed \t\r\n',
+        b"bare\nline feeds\rand\r\rreturns\r\r\n",
+        b"From a@x Mon Jan  1 00:00:00 2026\r\nSubject: mbox\r\n\r\n",
+    ],
+)
+def test_only_the_line_ends_of_the_mail_change(content: bytes) -> None:
+    assert message(content).stored()[1] == content.replace(b"\r\n", b"\n")
+
+
+@pytest.mark.parametrize("content", [b" , evil@x\r\n\r\nhi", b"\tfolded\r\nSubject: x\r\n"])
+def test_the_mail_cannot_continue_a_field_of_the_envelope(content: bytes) -> None:
+    head, mail = message(content).stored()
+    assert email.message_from_bytes(head + mail)["X-RcptTo"] == "b@x"
+    assert mail == content.replace(b"\r\n", b"\n")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "é@example.com",
+        "用户@例え.jp",
+        ", ".join(f"用户{number}@例え.jp" for number in range(40)),
+        "=?utf-8?q?boss=40x?=",
+        '"a\rX-Evil: 1"@x',
+        "a\tb\x00@x",
+        "🎉" * 25,
+    ],
+)
+def test_an_envelope_field_is_one_line_that_decodes_to_the_address(address: str) -> None:
+    head = message(b"", address).stored()[0]
+    line = head.decode("ascii").splitlines()[1]
+    assert head.count(b"\n") == 3
+    assert all(len(word) <= 75 for word in line.removeprefix("X-MailFrom: ").split(" "))
+    parsed = email.message_from_bytes(head, policy=email.policy.compat32)
+    assert decode_header(parsed["X-MailFrom"]) == [(address.encode(), "utf-8")]
+
+
+def test_octets_that_are_no_utf8_are_kept_in_the_envelope_fields() -> None:
+    head = message(b"", "caf\udce9@x").stored()[0]
+    parsed = email.message_from_bytes(head, policy=email.policy.compat32)
+    assert decode_header(parsed["X-MailFrom"]) == [(b"caf\xe9@x", "unknown-8bit")]

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dsmtpd.options import Options
+
+
+def test_the_defaults_are_those_of_the_command() -> None:
+    assert dataclasses.asdict(Options()) == {
+        "interface": "127.0.0.1",
+        "port": 1025,
+        "directory": None,
+        "max_size": 33554432,
+        "disable_smtputf8": False,
+    }
+
+
+def test_options_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().port = 1  # type: ignore[misc]  # the point of the test

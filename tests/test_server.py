@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import re
+import smtplib
+import socket
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dsmtpd import __version__
+from dsmtpd.options import Options
+from dsmtpd.server import Listener, ListenError
+from tests.tools import MAIL, PATIENCE, begin_data, connect, send
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FREE = Options(port=0)
+
+
+class Handler:
+    """Keeps what arrives; a delivery of it waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.contents: list[bytes] = []
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.may_end.set()
+
+    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
+        self.begun.set()
+        await asyncio.to_thread(self.may_end.wait, PATIENCE)
+        self.contents.append(envelope.content)
+        return "250 OK"
+
+
+@pytest.fixture
+def handler() -> Handler:
+    return Handler()
+
+
+def test_mail_goes_to_the_handler(handler: Handler) -> None:
+    with Listener(handler, FREE) as listener:
+        send(listener.port)
+    assert handler.contents == [MAIL]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_real_address_is_known(handler: Handler, host: str) -> None:
+    with Listener(handler, Options(interface=host, port=0)) as listener:
+        assert listener.host == host
+        assert listener.port > 0
+        send(listener.port, host=host)
+    assert handler.contents == [MAIL]
+
+
+def test_all_addresses_of_a_name_share_one_port(
+    handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> list[Any]:
+        hosts = ["127.0.0.1", "::1"] if host == "two.test" else [host]
+        return [info for one in hosts for info in resolve(one, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with Listener(handler, Options(interface="two.test", port=0)) as listener:
+        send(listener.port, host="127.0.0.1")
+        send(listener.port, host="::1")
+    assert handler.contents == [MAIL, MAIL]
+
+
+def test_the_greeting_names_the_host_and_the_version(handler: Handler) -> None:
+    with (
+        Listener(handler, FREE) as listener,
+        socket.create_connection(("127.0.0.1", listener.port), PATIENCE) as client,
+    ):
+        greeting = client.recv(1000).decode()
+    assert re.fullmatch(rf"220 {socket.gethostname()} dsmtpd {__version__}\r\n", greeting)
+
+
+def test_no_connection_asks_the_resolver(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def getfqdn(_name: str = "") -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(socket, "getfqdn", getfqdn)
+    with Listener(handler, FREE) as listener:
+        send(listener.port)
+    assert handler.contents == [MAIL]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_in_use_is_told_at_once(handler: Handler, host: str) -> None:
+    with (
+        Listener(handler, Options(interface=host, port=0)) as first,
+        pytest.raises(ListenError) as raised,
+        Listener(handler, Options(interface=host, port=first.port)),
+    ):
+        pytest.fail("two servers cannot listen on one port")
+    assert (
+        str(raised.value) == f"Cannot listen on {host}, port {first.port}: Address already in use"
+    )
+
+
+@pytest.mark.parametrize(
+    ("interface", "reason"),
+    [
+        # An address of the range for documentation (RFC 5737), which no machine has.
+        ("192.0.2.254", "Cannot assign requested address"),
+        ("a..b", "Malformed name"),
+        ("not a name", "(Name or service not known|Temporary failure in name resolution)"),
+    ],
+)
+def test_an_interface_that_is_none_of_ours_is_told(
+    handler: Handler, interface: str, reason: str
+) -> None:
+    with (
+        pytest.raises(ListenError, match=f"^Cannot listen on {interface}, port 1025: {reason}$"),
+        Listener(handler, Options(interface=interface)),
+    ):
+        pytest.fail("it cannot listen there")
+
+
+def test_a_listener_can_be_used_inside_a_running_event_loop(handler: Handler) -> None:
+    async def run() -> None:
+        with Listener(handler, FREE) as listener:
+            await asyncio.to_thread(send, listener.port)
+
+    asyncio.run(run())
+    assert handler.contents == [MAIL]
+
+
+def test_leaving_the_block_frees_the_port(handler: Handler) -> None:
+    with Listener(handler, FREE) as listener:
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        connect(listener.port)
+    with Listener(handler, Options(port=listener.port)) as again:
+        send(again.port)
+    assert handler.contents == [MAIL]
+
+
+def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handler) -> None:
+    handler.may_end.clear()
+    with ExitStack() as block, ThreadPoolExecutor(1) as pool:
+        listener = block.enter_context(Listener(handler, FREE))
+        idle, busy = connect(listener.port), connect(listener.port)
+        begin_data(busy)
+        busy.send(b"Subject: x\r\n.\r\n")
+        assert handler.begun.wait(PATIENCE)
+        leaving = pool.submit(block.close)
+        assert idle.getreply() == (421, b"4.3.2 dsmtpd is stopping")
+        assert not leaving.done()
+        handler.may_end.set()
+        assert busy.getreply() == (250, b"OK")
+        assert busy.getreply() == (421, b"4.3.2 dsmtpd is stopping")
+        leaving.result(PATIENCE)
+        idle.close()
+        busy.close()
+    assert handler.contents == [b"Subject: x\r\n"]
+
+
+def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> None:
+    with Listener(handler, FREE) as listener:
+        client = connect(listener.port)
+        begin_data(client)
+        client.send(b"Subject: never finished\r\n")
+    assert client.getreply()[0] == 421
+    with pytest.raises(smtplib.SMTPServerDisconnected):
+        client.getreply()
+    assert handler.contents == []
+
+
+def ask_until_nobody_listens(client: socket.socket) -> None:
+    """Fill all buffers in between with answers that nobody reads, and then with questions."""
+    for _ in range(100_000):
+        client.sendall(b"HELP\r\n" * 1000)
+
+
+def test_leaving_the_block_does_not_wait_for_a_client_that_does_not_read(handler: Handler) -> None:
+    with Listener(handler, FREE) as listener:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", listener.port))
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            ask_until_nobody_listens(client)
+    client.close()
+
+
+class Busy:
+    """A handler that begins, at NOOP, what never ends."""
+
+    def __init__(self) -> None:
+        self.begun: list[asyncio.Task[None]] = []
+
+    async def handle_NOOP(self, *_: object) -> str:
+        self.begun.append(asyncio.create_task(asyncio.sleep(3600)))
+        return "250 OK"
+
+
+def test_leaving_the_block_cancels_what_a_handler_has_begun() -> None:
+    handler = Busy()
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        client.noop()
+    assert [task.cancelled() for task in handler.begun] == [True]
+
+
+@pytest.mark.parametrize("begin", [lambda _client: None, begin_data], ids=["idle", "in DATA"])
+def test_a_client_that_vanishes_is_no_error(
+    handler: Handler, begin: Callable[[smtplib.SMTP], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Listener(handler, FREE) as listener:
+        client = connect(listener.port)
+        begin(client)
+        assert client.sock is not None
+        # Closing with a linger time of 0 resets the connection.
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sock.close()
+        client.close()
+        send(listener.port)
+    gc.collect()
+    assert handler.contents == [MAIL]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+class Failing:
+    """A handler for which, at NOOP, something fails in the event loop."""
+
+    async def handle_NOOP(self, *_: object) -> str:
+        asyncio.get_running_loop().call_soon(int, "no number")
+        return "250 OK"
+
+
+def test_what_asyncio_has_to_tell_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with Listener(Failing(), FREE) as listener, connect(listener.port) as client:
+        client.noop()
+        client.noop()
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [(record.levelname, record.exc_info) for record in told] == [("ERROR", None)] * 2
+    assert all(": ValueError(" in message and "\n" not in message for message in caplog.messages)
+
+
+class Leaving:
+    """A handler for which every client leaves at NOOP."""
+
+    async def handle_NOOP(self, *_: object) -> None:
+        raise ConnectionResetError
+
+
+def test_a_connection_that_breaks_is_nothing_to_tell(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        Listener(Leaving(), FREE) as listener,
+        connect(listener.port) as client,
+        pytest.raises(smtplib.SMTPServerDisconnected),
+    ):
+        client.noop()
+    gc.collect()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

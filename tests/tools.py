@@ -1,0 +1,107 @@
+"""What the tests share: clients, a look into a Maildir, and the command as a process."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import smtplib
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Far more than anything here takes: a test fails instead of hanging.
+PATIENCE = 20.0
+
+MAIL = b"Subject: Hello\r\n\r\nHi there.\r\n"
+
+RUN = (sys.executable, "-W", "error", "-m", "dsmtpd")
+
+
+def connect(port: int, host: str = "127.0.0.1") -> smtplib.SMTP:
+    """Return a client that is connected, and that asks no resolver for its own name."""
+    return smtplib.SMTP(host, port, local_hostname="client.test", timeout=PATIENCE)
+
+
+def send(port: int, content: bytes = MAIL, host: str = "127.0.0.1") -> None:
+    with connect(port, host) as client:
+        client.sendmail("a@example.com", ["b@example.com"], content)
+
+
+def begin_data(client: smtplib.SMTP) -> None:
+    """Bring *client* to where the server waits for the lines of a mail."""
+    client.ehlo()
+    client.mail("a@example.com")
+    client.rcpt("b@example.com")
+    assert client.docmd("DATA")[0] == 354
+
+
+def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
+    """Return the mails in new/, oldest first, after a look that tmp/ is empty."""
+    assert list(Path(maildir, "tmp").iterdir()) == []
+    return [path.read_bytes() for path in sorted(Path(maildir, "new").iterdir())]
+
+
+class Daemon:
+    """The command, running as a process: what it logs, and how it ends."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        run: Sequence[str] = RUN,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        log_lines: int | None = None,
+    ) -> None:
+        """Start it; of its log read only so many lines, and then close the pipe, when asked to."""
+        self.process = subprocess.Popen(
+            [*run, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            text=True,
+            encoding="utf-8",
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, args=(log_lines,), daemon=True)
+        self._reader.start()
+
+    def _read(self, log_lines: int | None) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as log:
+            for line in islice(log, log_lines):
+                self._lines.put(line.rstrip("\n"))
+
+    def line(self) -> str:
+        """Return the next line of its log, when it comes."""
+        return self._lines.get(timeout=PATIENCE)
+
+    def port(self) -> int:
+        """Return the port that it listens on, when it does."""
+        match = re.search(r"INFO: Starting dsmtpd \S+ at \S+:(\d+) size limit", line := self.line())
+        assert match, line
+        return int(match[1])
+
+    def end(self, signal: int | None = None) -> tuple[int, list[str]]:
+        """Send *signal*; return the exit code and the lines that have not been asked for."""
+        if signal is not None:
+            self.process.send_signal(signal)
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code, [self._lines.get() for _ in range(self._lines.qsize())]
+
+    def close(self) -> None:
+        """Leave nothing running, whatever the test did."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
