@@ -24,7 +24,7 @@ COMMANDS = {
         " --from a@example.com --to b@example.com --data -"
     ),
     "msmtp": (
-        "msmtp --host=127.0.0.1 --port={port} --auth=off --tls=off --set-date-header=off"
+        "msmtp --host=127.0.0.1 --port={port} --auth=off --tls=off"
         " --from=a@example.com b@example.com"
     ),
     "curl": (
@@ -56,7 +56,8 @@ def test_a_mail_of_a_real_client_is_logged_and_stored_as_it_was_sent(
     (mail,) = stored(tmp_path)
     head, content = mail.split(b"X-RcptTo: b@example.com\n")
     assert head.endswith(b"X-MailFrom: a@example.com\n")
-    assert content.rstrip(b"\n") + b"\n" == CONTENT
+    # swaks adds empty lines below the mail, msmtp fields above it.
+    assert (content.rstrip(b"\n") + b"\n").endswith(CONTENT)
 
 
 def test_swaks_sends_to_an_address_in_utf8(start: Callable[..., Daemon], tmp_path: Path) -> None:
