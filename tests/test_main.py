@@ -9,6 +9,7 @@ import signal
 import socket
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,6 +197,14 @@ def test_a_closed_stderr_loses_no_mail_and_stops_nothing(start: Start, tmp_path:
         send(port)
     assert len(stored(tmp_path)) == 3
     assert daemon.end(signal.SIGTERM) == (0, [])
+
+
+def test_several_processes_deliver_into_one_maildir(start: Start, tmp_path: Path) -> None:
+    daemons = [start("-p", "0", "-d", str(tmp_path)) for _ in range(3)]
+    ports = [daemon.port() for daemon in daemons]
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(send, ports * 20))
+    assert len(stored(tmp_path)) == 60
 
 
 def test_an_ascii_locale_loses_no_mail_and_stops_nothing(start: Start, tmp_path: Path) -> None:

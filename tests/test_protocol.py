@@ -63,7 +63,7 @@ def test_a_mail_over_the_limit_is_refused_and_the_next_one_taken() -> None:
 
 def test_without_a_limit_any_size_is_taken() -> None:
     handler = Handler()
-    content = (b"x" * 98 + b"\r\n") * (400 * 1024)
+    content = (b"x" * 990 + b"\r\n") * (40 * 1024)
     with (
         Listener(handler, Options(port=0, max_size=0)) as listener,
         connect(listener.port) as client,
