@@ -68,6 +68,13 @@ class SMTP(aiosmtpd.smtp.SMTP):
             self.transport.close()
         await self._gone.wait()
 
+    def _getaddr(self, arg: str) -> tuple[str | None, str | None]:
+        # Private, but what it calls, the parser of the email package, stumbles over `<` and others.
+        try:
+            return super()._getaddr(arg)
+        except (AttributeError, IndexError, UnboundLocalError):
+            return None, None  # which is answered with "malformed address"
+
     async def _call_handler_hook(self, command: str, *args: Any) -> Any:
         # Private, but the only place that encloses a delivery: the mail is whole, not yet answered.
         if command != "DATA":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import smtplib
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_the_null_reverse_path_is_kept() -> None:
     with Listener(handler, Options(port=0)) as listener, connect(listener.port) as client:
         client.sendmail("", ["b@example.com"], MAIL)
     assert handler.envelopes[0].mail_from == "<>"
+
+
+@pytest.mark.parametrize("address", ["<", "a@", '<"', "<a@[x.\x00", "<@[\t", "<@a:>"])
+def test_a_malformed_address_is_refused_and_the_session_goes_on(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+        client.ehlo()
+        assert client.docmd(f"MAIL FROM:{address}") == (553, b"5.1.3 Error: malformed address")
+        client.mail("a@example.com")
+        assert client.docmd(f"RCPT TO:{address}") == (553, b"5.1.3 Error: malformed address")
+        assert client.rcpt("b@example.com")[0] == 250
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
