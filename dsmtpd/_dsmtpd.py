@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import signal
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from dsmtpd.server import Listener, ListenError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from dsmtpd.message import Envelope
     from dsmtpd.options import Options
@@ -53,7 +54,7 @@ class DsmtpdHandler:
         if maildir is not None:
             ensure_maildir(maildir)
 
-    async def handle_DATA(self, _server: object, session: Any, envelope: Envelope) -> str:
+    async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
         """Show the mail in *envelope*, store it, and return the reply.
 
         `250` means that the whole mail is in the Maildir. Trouble with the storage is temporary
@@ -61,14 +62,12 @@ class DsmtpdHandler:
         """
         message = Message.from_envelope(session.peer, envelope)
         log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", message.summary())
-        if self.maildir is not None:
-            try:
-                await asyncio.to_thread(_store, message, self.maildir)
-            except OSError as error:
-                log.error("Cannot store a mail in %s", _where_and_why(self.maildir, error))
-                full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-                return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
-        return "250 OK"
+        if self.maildir is None:
+            return "250 OK"
+        # In a thread, for a slow disk must not keep the other sessions waiting; shielded, for what
+        # has been shown is to be stored even if the client does not wait for it.
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(None, _store, self.maildir, message))
 
     async def handle_exception(self, error: Exception) -> str:
         """Log *error*, which is a fault of ours, and tell the client nothing of it."""
@@ -83,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cannot be carried out.
     """
     logs.configure()
-    signals = _stop_signals()
     try:
-        options = parse_args(argv)
-        handler, mails = _open_storage(options.directory)
-        with Listener(handler, options) as listener:
-            _announce(options, listener.port, mails)
-            signals.get()
+        with _stop_signals() as signals:
+            options = parse_args(argv)
+            handler, mails = _open_storage(options.directory)
+            with Listener(handler, options) as listener:
+                _announce(options, listener.port, mails)
+                signals.get()
     except (UsageError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
@@ -97,26 +96,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stop_signals() -> SimpleQueue[int]:
-    """Return a queue that from now on gets the signals that ask the process to stop.
+@contextmanager
+def _stop_signals() -> Iterator[SimpleQueue[int]]:
+    """Lend a queue that gets the signals that ask the process to stop.
 
     A signal that the process was started to ignore, as a script's `dsmtpd &` ignores SIGINT, stays
-    ignored. `SimpleQueue.put` may interrupt itself, what no lock of `threading` may.
+    ignored. `SimpleQueue.put` may interrupt itself, which no lock of `threading` may.
+
+    Afterwards they are ignored: some runners repeat them, and the process is about to end with 0.
+    If it could not do its work, they do what they did before.
     """
     signals: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda received, _frame: signals.put(received))
-    return signals
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, lambda received, _frame: signals.put(received))
+    try:
+        yield signals
+    except BaseException:
+        for number in caught:
+            signal.signal(number, before[number])
+        raise
+    for number in caught:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _open_storage(directory: str | None) -> tuple[DsmtpdHandler, int]:
     """Return the handler that stores in *directory*, and how many mails are there already."""
+    if directory is None:
+        return DsmtpdHandler(), 0
     try:
-        handler = DsmtpdHandler(directory)
-        return handler, 0 if directory is None else count_mails(directory)
+        return DsmtpdHandler(directory), count_mails(directory)
     except OSError as error:
-        raise UsageError(f"Cannot store mails in {_where_and_why(directory, error)}") from error
+        raise UsageError(
+            f"Cannot store mails in {directory}: {_reason(directory, error)}"
+        ) from error
 
 
 def _announce(options: Options, port: int, mails: int) -> None:
@@ -128,12 +142,22 @@ def _announce(options: Options, port: int, mails: int) -> None:
     if mails:
         log.info("Found a Maildir storage with %d mails", mails)
     if options.directory is not None:
-        log.info("Storing the incoming emails into %s", options.directory)
+        log.info("Storing the incoming emails into %s", printable(options.directory))
 
 
-def _store(message: Message, maildir: str | os.PathLike[str]) -> None:
-    deliver(maildir, message.stored())
+def _store(maildir: str | os.PathLike[str], message: Message) -> str:
+    """Store *message* in *maildir*; return the reply to its sender."""
+    try:
+        deliver(maildir, message.stored())
+    except OSError as error:
+        log.error("%s", printable(f"Cannot store a mail in {maildir}: {_reason(maildir, error)}"))
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
+    return "250 OK"
 
 
-def _where_and_why(maildir: str | os.PathLike[str] | None, error: OSError) -> str:
-    return f"{maildir}: {error.filename or maildir}: {error.strerror}"
+def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:
+    """Return why *error* came, and where, unless that is *maildir* itself."""
+    path = error.filename2 or error.filename or maildir
+    where = "" if str(path) == str(maildir) else f" ({path})"
+    return f"{error.strerror}{where}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     return Options(
-        interface=_name("--interface", arguments["--interface"]),
+        interface=_text("--interface", arguments["--interface"], "a host"),
         port=_number("--port", arguments["--port"], "a port from 0 to 65535", 65535),
         directory=_directory("--directory", arguments["--directory"]),
         max_size=_number("--max-size", arguments["--max-size"], "a number of bytes, 0 or more"),
@@ -59,9 +59,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 
 def _parse(argv: list[str]) -> dict[str, Any]:
     try:
-        return docopt(USAGE, argv, version=__version__)
+        try:
+            return docopt(USAGE, argv, version=__version__)
+        finally:
+            print(end="", flush=True)  # noqa: T201  # learn whether docopt's text can be written
     except DocoptExit as error:
         raise UsageError(f"{_complaint(error, argv)} (see dsmtpd --help)") from None
+    except OSError as error:
+        # Python would fail on it once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(f"Cannot print: {error.strerror}") from None
 
 
 def _complaint(error: DocoptExit, argv: list[str]) -> str:
@@ -85,10 +92,10 @@ def _can_parse(argv: list[str]) -> bool:
     return True
 
 
-def _name(option: str, value: str) -> str:
-    # To the system an empty name means every interface, which an unset variable must not open.
+def _text(option: str, value: str, wanted: str) -> str:
+    # To the system an empty host means every interface, which an unset variable must not open.
     if not value:
-        raise UsageError(f"{option}: '' is not a name")
+        raise UsageError(f"{option}: '' is not {wanted}")
     return value
 
 
@@ -101,7 +108,7 @@ def _number(option: str, value: str, wanted: str, most: float = float("inf")) ->
 def _directory(option: str, value: str | None) -> str | None:
     if value is None:
         return None
-    path = os.path.expanduser(_name(option, value))  # noqa: PTH111  # shown as it was typed
+    path = os.path.expanduser(_text(option, value, "a folder"))  # noqa: PTH111  # shown as it was typed
     if path.startswith("~"):
         raise UsageError(f"{option}: {value!r} names a user without a home")
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
 
@@ -16,6 +17,11 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Tex
         """Drop *record* when nobody can read it: the pipe's reader is gone, or the disk is full."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError):
+            super().flush()
 
     def close(self) -> None:
         """Leave nothing unwritten behind: Python would fail on it at its exit, with code 120."""
@@ -29,8 +35,8 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Tex
 def configure() -> None:
     """Send the records of INFO and above to stderr, unless logging has been set up already."""
     if sys.stderr is None:
-        # Started with stderr closed. The next file to be opened would get its number, 2, and with
-        # it whatever the interpreter prints there: it must not be a mail.
+        # Started with stderr closed. Its number, 2, would go to the next file that is opened, and
+        # with it what the interpreter prints there: that file must not be a mail.
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the end
     logging.basicConfig(format=FORMAT, level=logging.INFO, handlers=[StderrHandler()])
     # aiosmtpd tells every command, and its warnings quote the client's bytes as they came.

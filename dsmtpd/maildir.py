@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
 FOLDERS = ("tmp", "new", "cur")
 
@@ -76,7 +76,7 @@ def count_mails(path: str | os.PathLike[str]) -> int:
     )
 
 
-def deliver(path: str | os.PathLike[str], parts: Iterable[bytes]) -> Path:
+def deliver(path: str | os.PathLike[str], parts: Sequence[bytes]) -> Path:
     """Store the mail that *parts* make up in the Maildir at *path*; return its file in new/.
 
     The file is written in tmp/, flushed to the disk and moved, as Maildir(5) wants: no reader sees
@@ -85,7 +85,6 @@ def deliver(path: str | os.PathLike[str], parts: Iterable[bytes]) -> Path:
 
     Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
     """
-    parts = tuple(parts)
     try:
         return _deliver(Path(path), parts)
     except FileNotFoundError:
@@ -93,7 +92,7 @@ def deliver(path: str | os.PathLike[str], parts: Iterable[bytes]) -> Path:
         return _deliver(Path(path), parts)
 
 
-def _deliver(path: Path, parts: Iterable[bytes]) -> Path:
+def _deliver(path: Path, parts: Sequence[bytes]) -> Path:
     name = _unique_name()
     draft, mail = path / "tmp" / name, path / "new" / name
     try:

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# As much of the header and of a subject is read for the log; a hostile mail could keep us busy.
+_HEADER_OCTETS = 1024 * 1024
+_SUBJECT_OCTETS = 8 * 1024
+
 # RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds count.
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)(?:\n|\Z)")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
@@ -56,7 +60,8 @@ class Message:
         """The first Subject, unfolded and decoded; empty when there is none."""
         for name, value in _fields(self.content):
             if name.lower() == b"subject":
-                return _decoded(_FOLD.sub(b" ", value).strip(b" \t\r"))
+                line = _FOLD.sub(b" ", value[:_SUBJECT_OCTETS]).strip(b" \t\r")
+                return _decoded(line) + ("..." if len(value) > _SUBJECT_OCTETS else "")
         return ""
 
     def summary(self) -> dict[str, str]:
@@ -105,10 +110,10 @@ def printable(text: str) -> str:
 
 def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield the name and the raw value of each field, up to the first line that is none."""
-    match = _FIELD.match(content)
+    match = _FIELD.match(content, 0, _HEADER_OCTETS)
     while match:
         yield match[1], match[2]
-        match = _FIELD.match(content, match.end())
+        match = _FIELD.match(content, match.end(), _HEADER_OCTETS)
 
 
 def _decoded(value: bytes) -> str:

@@ -32,6 +32,16 @@ class SMTP(aiosmtpd.smtp.SMTP):
         super().connection_lost(error)
         self._gone.set()
 
+    async def push(self, status: Any) -> None:
+        """Send the reply *status*, and let the other sessions have their turn.
+
+        A client that pipelines would otherwise keep them, and the end, waiting: as long as there is
+        something in its buffer, nothing in aiosmtpd's loop ever waits.
+        """
+        await super().push(status)
+        await asyncio.sleep(0)
+
+    @aiosmtpd.smtp.syntax("EHLO hostname")
     async def smtp_EHLO(self, hostname: str | None) -> None:
         """Offer our extensions, in one answer (RFC 5321, section 4.1.1.1).
 

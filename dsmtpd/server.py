@@ -35,8 +35,9 @@ class ListenError(OSError):
 class Listener:
     """An SMTP server that listens while its `with` block runs, in a thread of its own.
 
-    *handler* has the hooks that aiosmtpd asks its handlers for, and *options* tell where to listen
-    and what to offer. Inside the block, *host* and *port* are the real ones, also for port 0.
+    *handler* has the hooks that aiosmtpd asks its handlers for, but for `handle_EHLO`; *options*
+    tell where to listen and what to offer. Inside the block, *host* and *port* are the real ones,
+    also for port 0.
 
     Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
     other clients.
@@ -52,12 +53,10 @@ class Listener:
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that it cannot be."""
-        self._controller = _Controller(self._handler, self._options)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
         try:
-            self._thread.submit(self._controller.begin).result()
+            self._controller = self._thread.submit(self._listen).result()
         except (OSError, UnicodeError) as error:
-            self._thread.submit(self._controller.loop.close).result()
             self._thread.shutdown()
             where = f"{self._options.interface}, port {self._options.port}"
             raise ListenError(f"Cannot listen on {where}: {_reason(error)}") from error
@@ -68,10 +67,21 @@ class Listener:
     def __exit__(self, *_: object) -> None:
         """Stop."""
         loop = self._controller.loop
-        asyncio.run_coroutine_threadsafe(self._controller.drain(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.submit(loop.close).result()
-        self._thread.shutdown()
+        try:
+            asyncio.run_coroutine_threadsafe(self._controller.drain(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.submit(loop.close).result()
+            self._thread.shutdown()
+
+    def _listen(self) -> _Controller:
+        controller = _Controller(self._handler, self._options)
+        try:
+            controller.begin()  # type: ignore[no-untyped-call]
+        except BaseException:
+            controller.loop.close()
+            raise
+        return controller
 
 
 class _Controller(UnthreadedController):
@@ -91,7 +101,8 @@ class _Controller(UnthreadedController):
             data_size_limit=options.max_size or None,
             enable_SMTPUTF8=not options.disable_smtputf8,
         )
-        self.loop.set_exception_handler(_report)
+        self.loop.set_exception_handler(self._report)
+        self._reported = ""
         self._sessions: WeakSet[SMTP] = WeakSet()
 
     @property
@@ -110,6 +121,8 @@ class _Controller(UnthreadedController):
         """Listen on all addresses of the interface, on one port."""
         server = await self.loop.create_server(self.factory, self.hostname, self.port)
         ports = {listening.getsockname()[1] for listening in server.sockets}
+        if not ports:  # Python before 3.12.2, for IPv6 on a system that has none
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         if len(ports) > 1:
             # Port 0, and a name with several addresses: each has been given a port of its own.
             server.close()
@@ -127,6 +140,16 @@ class _Controller(UnthreadedController):
         # A client may have left while its mail was being delivered.
         await self.loop.shutdown_default_executor()
 
+    def _report(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log in one line, and once, what asyncio would print with a traceback and again and again.
+
+        It finds a hundred times a second that no more files can be opened.
+        """
+        report = f"{context['message']}: {context.get('exception')!r}"
+        if report != self._reported:
+            self._reported = report
+            log.error("%s", report)
+
 
 def _reason(error: OSError | UnicodeError) -> str:
     """Return in a few words why the system did not let us listen."""
@@ -136,8 +159,3 @@ def _reason(error: OSError | UnicodeError) -> str:
         return "Malformed name"
     # When none of the addresses is ours, asyncio (since Python 3.12) forgets the error's number.
     return os.strerror(error.errno or errno.EADDRNOTAVAIL)
-
-
-def _report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log in one line what asyncio would print with a traceback."""
-    log.error("%s: %r", context["message"], context.get("exception"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import os
 import sys
 
 import pytest
@@ -64,8 +66,8 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
         (["-s", "1e6"], "--max-size: '1e6' is not a number of bytes, 0 or more"),
         (["-s", "9" * 21], f"--max-size: '{'9' * 21}' is not a number of bytes, 0 or more"),
-        (["-d", ""], "--directory: '' is not a name"),
-        (["-i", ""], "--interface: '' is not a name"),
+        (["-d", ""], "--directory: '' is not a folder"),
+        (["-i", ""], "--interface: '' is not a host"),
         (["-d", "~no.such.user/x"], "--directory: '~no.such.user/x' names a user without a home"),
     ],
 )
@@ -91,3 +93,15 @@ def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]
     for name in ("-p", "-i", "-d", "-s", "--port", "--interface", "--directory", "--max-size"):
         assert f"{name} " in text
     assert "--disable-smtputf8" in text
+
+
+@pytest.mark.parametrize("buffering", [0, -1], ids=["unbuffered", "buffered"])
+def test_a_text_that_cannot_be_printed_is_told_in_one_line(
+    buffering: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(os.fdopen(writer, "wb", buffering), write_through=True) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(UsageError, match=r"^Cannot print: Broken pipe$"):
+            parse_args(["--help"])

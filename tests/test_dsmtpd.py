@@ -155,7 +155,7 @@ def test_storage_trouble_is_temporary_and_told_in_one_line(
     failing_sync(number)
     assert handle(handler) == reply
     assert caplog.messages == [
-        f"Cannot store a mail in {tmp_path}: /a/path/of/ours: {os.strerror(number)}"
+        f"Cannot store a mail in {tmp_path}: {os.strerror(number)} (/a/path/of/ours)"
     ]
     assert stored(tmp_path) == []
     failing_sync(0)
@@ -171,7 +171,8 @@ def test_a_maildir_that_has_become_a_file_is_temporary_trouble(
     shutil.rmtree(maildir)
     maildir.touch()
     assert handle(handler) == "451 4.3.0 Storage failed"
-    assert [message.rpartition(": ")[2] for message in caplog.messages] == ["Not a directory"]
+    (line,) = caplog.messages
+    assert line.startswith(f"Cannot store a mail in {maildir}: Not a directory ({maildir}/")
     maildir.unlink()
     assert handle(handler) == "250 OK"
     assert len(stored(maildir)) == 1
@@ -201,7 +202,7 @@ def test_a_full_disk_refuses_mails_until_there_is_room(
         client.sendmail("a@x", ["b@x"], MAIL)
     assert len(stored(maildir)) == 1
     (line,) = caplog.messages
-    assert line.endswith(": No space left on device")
+    assert line == f"Cannot store a mail in {maildir}: No space left on device"
 
 
 def test_a_fault_of_ours_is_answered_without_a_word_of_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,6 +248,26 @@ def test_a_slow_disk_keeps_no_other_session_waiting(
         assert list((tmp_path / "new").iterdir()) == []
         gate.opened.set()
         assert busy.getreply() == (250, b"OK")
+
+
+def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmtpd")
+    gate = Gate()
+    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener:
+        # More clients than there are threads: some deliveries have to queue.
+        clients = [connect(listener.port) for _ in range(40)]
+        for client in clients:
+            begin_data(client)
+            client.send(b".\r\n")
+        with connect(listener.port) as other:
+            other.noop()
+        for client in clients:
+            client.close()
+        gate.opened.set()
+    assert len(stored(tmp_path)) == len(caplog.messages)
 
 
 def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
@@ -302,7 +323,7 @@ def test_main_takes_mails_until_a_signal(
     tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     stopper.number = number
-    maildir = tmp_path / "maildir"
+    maildir = tmp_path / "a\x1bb"
     ensure_maildir(maildir)
     (maildir / "cur" / "old").touch()
     assert main(["-p", "0", "-d", str(maildir)]) == 0
@@ -312,11 +333,12 @@ def test_main_takes_mails_until_a_signal(
     )
     assert set(middle) == {
         "Found a Maildir storage with 1 mails",
-        f"Storing the incoming emails into {maildir}",
+        f"Storing the incoming emails into {tmp_path}" + r"/a\x1bb",
     }
     assert mail.endswith(": a@example.com -> b@example.com [Hello]")
     assert last == "Cleaning up"
     assert len(stored(maildir)) == 1
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 @pytest.mark.usefixtures("stopper")
@@ -332,7 +354,9 @@ def test_main_stores_nothing_unless_it_is_asked_to(
 
 
 def test_bad_usage_is_exit_code_2(caplog: pytest.LogCaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGINT)
     assert main(["--port", "x"]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
     assert caplog.messages == ["--port: 'x' is not a port from 0 to 65535"]
 
 
@@ -342,7 +366,7 @@ def test_an_unusable_maildir_is_exit_code_2(
     (tmp_path / "a\nfile").touch()
     assert main(["-p", "0", "-d", str(tmp_path / "a\nfile")]) == 2
     path = rf"{tmp_path}/a\nfile"
-    assert caplog.messages == [f"Cannot store mails in {path}: {path}: Not a directory"]
+    assert caplog.messages == [f"Cannot store mails in {path}: Not a directory"]
 
 
 def test_a_port_in_use_is_exit_code_1(caplog: pytest.LogCaptureFixture) -> None:

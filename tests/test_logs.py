@@ -5,15 +5,16 @@ import logging
 import os
 import re
 import sys
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import pytest
 
 from dsmtpd import logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pytest
 
 
 @contextmanager
@@ -68,13 +69,15 @@ def test_a_closed_stderr_is_replaced_so_that_no_file_gets_its_place(
             logging.getLogger("dsmtpd").info("nobody reads this")
 
 
-def test_a_pipe_without_a_reader_drops_records_and_leaves_nothing_to_flush() -> None:
+@pytest.mark.parametrize("buffering", [1, -1], ids=["line", "block"])
+def test_a_pipe_without_a_reader_drops_records_and_leaves_nothing_to_flush(buffering: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+    with os.fdopen(writer, "w", buffering, encoding="utf-8") as stream:
         handler = logs.StderrHandler(stream)
         handler.emit(record("lost"))
-        handler.close()
+        # What logging does at the end of a process.
+        logging.shutdown([weakref.ref(handler)])
         # Had the record stayed in the buffer, this would raise BrokenPipeError.
         stream.flush()
 

@@ -122,7 +122,7 @@ def test_new_and_read_mails_are_counted_and_nothing_else(maildir: Path) -> None:
 
 
 def test_a_delivered_mail_is_in_new_with_all_its_bytes(maildir: Path) -> None:
-    path = deliver(str(maildir), iter([b"X: y\n", b"\n\x00\xff\r\nbody"]))
+    path = deliver(str(maildir), [b"X: y\n", b"\n\x00\xff\r\nbody"])
     assert path.parent == maildir / "new"
     assert stored(maildir) == [b"X: y\n\n\x00\xff\r\nbody"]
 
@@ -175,7 +175,7 @@ def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
             shutil.rmtree(path)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    deliver(maildir, iter([b"x"]))
+    deliver(maildir, [b"x"])
     assert stored(maildir) == [b"x"]
 
 

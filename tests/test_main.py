@@ -17,7 +17,7 @@ import pytest
 
 from dsmtpd import __version__
 from dsmtpd.maildir import ensure_maildir
-from tests.tools import RUN, Daemon, begin_data, connect, send, stored
+from tests.tools import PATIENCE, RUN, Daemon, begin_data, connect, send, stored
 
 # The whole time that the end may take, from the signal on.
 END_SECONDS = 2.0
@@ -88,15 +88,15 @@ def test_ipv6_is_shown_in_brackets(start: Start) -> None:
         (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
         (
             ["-d", "/dev/null"],
-            "Cannot store mails in /dev/null: /dev/null: Not a directory",
+            "Cannot store mails in /dev/null: Not a directory",
         ),
         (
             ["-d", "/dev/null/x"],
-            "Cannot store mails in /dev/null/x: /dev/null/x: Not a directory",
+            "Cannot store mails in /dev/null/x: Not a directory",
         ),
         (
             ["-d", "/proc/no/such"],
-            "Cannot store mails in /proc/no/such: /proc/no: No such file or directory",
+            "Cannot store mails in /proc/no/such: No such file or directory (/proc/no)",
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_maildir_that_is_not_writable_is_one_line_and_exit_code_2(
     code, lines = start("-p", "0", "-d", str(tmp_path), run=run).end()
     assert code == 2
     (line,) = lines
-    assert line.endswith(f"Cannot store mails in {tmp_path}: {tmp_path}/new: Not writable")
+    assert line.endswith(f"Cannot store mails in {tmp_path}: Not writable ({tmp_path}/new)")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,20 @@ def test_clients_that_stay_do_not_delay_the_end(start: Start, tmp_path: Path, st
     for client in clients:
         assert client.getreply()[0] == 421
         client.close()
+
+
+def test_a_signal_that_is_repeated_does_not_spoil_the_end(start: Start) -> None:
+    daemon = start("-p", "0")
+    daemon.port()
+    deadline = time.monotonic() + PATIENCE
+    while daemon.process.poll() is None and time.monotonic() < deadline:
+        daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.end()[0] == 0
+
+
+def test_a_full_disk_for_the_log_does_not_spoil_the_end(start: Start) -> None:
+    code, lines = start("--no-such", run=["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *RUN]).end()
+    assert (code, lines) == (2, [])
 
 
 def test_a_script_that_started_it_in_the_background_ends_it_with_sigterm(start: Start) -> None:

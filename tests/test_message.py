@@ -57,6 +57,19 @@ def test_the_subject_is_unfolded_and_decoded(field: bytes, subject: str) -> None
     assert message(field.replace(b"\r\n", b"\n") + b"\n\nbody\n").subject == subject
 
 
+def test_a_long_subject_is_cut_before_it_is_decoded() -> None:
+    subject = message(b"Subject: " + b"=?utf-8?q?a?=\r\n " * 100_000 + b"\r\n").subject
+    assert subject.startswith("aaaa")
+    assert subject.endswith("...")
+    assert len(subject) < 1000
+
+
+def test_a_subject_behind_a_header_of_more_than_a_mebibyte_is_not_looked_for() -> None:
+    field = b"X-Long: " + b"x" * 1024 + b"\r\n"
+    assert message(field * 900 + b"Subject: seen\r\n").subject == "seen"
+    assert message(field * 1100 + b"Subject: not seen\r\n").subject == ""
+
+
 def test_an_empty_mail_has_no_subject() -> None:
     assert message(b"").subject == ""
 

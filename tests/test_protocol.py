@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import smtplib
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from dsmtpd.options import Options
+from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
 from tests.tools import MAIL, connect
 
@@ -130,6 +132,18 @@ def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
         assert client.rcpt(address)[0] == 250
         assert client.rcpt("b" * 1000)[0] == 500
         assert client.noop()[0] == 250
+
+
+def test_help_knows_ehlo() -> None:
+    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+        assert client.docmd("HELP EHLO") == (250, b"Syntax: EHLO hostname")
+
+
+def test_a_session_without_a_client_can_be_hung_up() -> None:
+    async def hang_up() -> None:
+        await SMTP(Handler(), hostname="x.test", loop=asyncio.get_running_loop()).hang_up()
+
+    asyncio.run(hang_up())
 
 
 def test_a_command_that_is_none_does_not_end_the_session() -> None:

@@ -10,6 +10,7 @@ import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -128,6 +129,21 @@ def test_an_interface_that_is_none_of_ours_is_told(
         pytest.fail("it cannot listen there")
 
 
+def test_an_interface_that_gives_no_socket_is_told(
+    handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def create_server(*_args: object, **_kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(sockets=())
+
+    # What Python before 3.12.2 does for IPv6 on a system that has none.
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_server", create_server)
+    with (
+        pytest.raises(ListenError, match="port 1025: Cannot assign requested address"),
+        Listener(handler, Options(interface="::1")),
+    ):
+        pytest.fail("there is no socket")
+
+
 def test_a_listener_can_be_used_inside_a_running_event_loop(handler: Handler) -> None:
     async def run() -> None:
         with Listener(handler, FREE) as listener:
@@ -167,6 +183,19 @@ def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handle
     assert handler.contents == [b"Subject: x\r\n"]
 
 
+def test_leaving_the_block_does_not_wait_for_all_that_a_client_has_pipelined(
+    handler: Handler,
+) -> None:
+    transaction = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n.\r\n"
+    with Listener(handler, FREE) as listener:
+        client = connect(listener.port)
+        client.helo()
+        client.send(transaction * 2000)
+        assert handler.begun.wait(PATIENCE)
+    client.close()
+    assert 0 < len(handler.contents) < 2000
+
+
 def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> None:
     with Listener(handler, FREE) as listener:
         client = connect(listener.port)
@@ -178,20 +207,23 @@ def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> Non
     assert handler.contents == []
 
 
-def ask_until_nobody_listens(client: socket.socket) -> None:
-    """Fill all buffers in between with answers that nobody reads, and then with questions."""
-    for _ in range(100_000):
-        client.sendall(b"HELP\r\n" * 1000)
+class Talkative:
+    """A handler with an answer to NOOP that fits into no buffer of the system."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    async def handle_NOOP(self, *_: object) -> str:
+        self.asked.set()
+        return "250 " + "x" * 20_000_000
 
 
-def test_leaving_the_block_does_not_wait_for_a_client_that_does_not_read(handler: Handler) -> None:
+def test_leaving_the_block_does_not_wait_for_a_client_that_does_not_read() -> None:
+    handler = Talkative()
     with Listener(handler, FREE) as listener:
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", listener.port))
-        client.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            ask_until_nobody_listens(client)
+        client = connect(listener.port)
+        client.putcmd("NOOP")
+        assert handler.asked.wait(PATIENCE)
     client.close()
 
 
@@ -239,13 +271,16 @@ class Failing:
         return "250 OK"
 
 
-def test_what_asyncio_has_to_tell_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_asyncio_has_to_tell_is_one_line_and_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with Listener(Failing(), FREE) as listener, connect(listener.port) as client:
         client.noop()
         client.noop()
     told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [(record.levelname, record.exc_info) for record in told] == [("ERROR", None)] * 2
-    assert all(": ValueError(" in message and "\n" not in message for message in caplog.messages)
+    assert [(record.levelname, record.exc_info) for record in told] == [("ERROR", None)]
+    assert ": ValueError(" in told[0].getMessage()
+    assert "\n" not in told[0].getMessage()
 
 
 class Leaving:

@@ -63,12 +63,15 @@ class Daemon:
         log_lines: int | None = None,
     ) -> None:
         """Start it; of its log read only so many lines, and then close the pipe, when asked to."""
+        environment = dict(os.environ)
+        # Users do not set it, and it would hide what buffers do at the end.
+        environment.pop("PYTHONUNBUFFERED", None)
         self.process = subprocess.Popen(
             [*run, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
+            env={**environment, **(env or {})},
             cwd=cwd,
             text=True,
             encoding="utf-8",
