@@ -7,7 +7,6 @@ import errno
 import logging
 import signal
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dsmtpd import __version__, logs
@@ -83,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logs.configure()
     try:
-        with _stop_signals() as signals:
+        with _stop_signals() as stopping:
             options = parse_args(argv)
             handler, mails = _open_storage(options.directory)
             with Listener(handler, options) as listener:
                 _announce(options, listener.port, mails)
-                signals.get()
+                signal.sigwait(stopping)
     except (UsageError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
@@ -97,28 +96,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[SimpleQueue[int]]:
-    """Lend a queue that gets the signals that ask the process to stop.
+def _stop_signals() -> Iterator[set[signal.Signals]]:
+    """Keep back the signals that ask the process to stop; lend their numbers, for `sigwait`.
 
-    A signal that the process was started to ignore, as a script's `dsmtpd &` ignores SIGINT, stays
-    ignored. `SimpleQueue.put` may interrupt itself, which no lock of `threading` may.
-
-    Afterwards they are ignored: some runners repeat them, and the process is about to end with 0.
-    If it could not do its work, they do what they did before.
+    None of them can get lost so, at whatever moment and to whichever thread it is sent; nor can one
+    spoil the end that is repeated, as some runners do. What the process was started to ignore, as a
+    script's `dsmtpd &` ignores SIGINT, stays ignored. Only if the work fails are they let go.
     """
-    signals: SimpleQueue[int] = SimpleQueue()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in caught:
-        signal.signal(number, lambda received, _frame: signals.put(received))
+    stopping = {
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     try:
-        yield signals
+        yield stopping
     except BaseException:
-        for number in caught:
-            signal.signal(number, before[number])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
         raise
-    for number in caught:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _open_storage(directory: str | None) -> tuple[DsmtpdHandler, int]:

@@ -25,12 +25,6 @@ class SMTP(aiosmtpd.smtp.SMTP):
         super().__init__(handler, **parameters)
         self._not_delivering = asyncio.Event()
         self._not_delivering.set()
-        self._gone = asyncio.Event()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Note that the client has gone, or has been sent away."""
-        super().connection_lost(error)
-        self._gone.set()
 
     async def push(self, status: Any) -> None:
         """Send the reply *status*, and let the other sessions have their turn.
@@ -45,7 +39,7 @@ class SMTP(aiosmtpd.smtp.SMTP):
     async def smtp_EHLO(self, hostname: str | None) -> None:
         """Offer our extensions, in one answer (RFC 5321, section 4.1.1.1).
 
-        aiosmtpd has no word for the absence of a limit: `SIZE 0` (RFC 1870, section 4).
+        aiosmtpd has no word for the absence of a limit, which is `SIZE 0` (RFC 1870, section 4).
         """
         if not hostname:
             await self.push("501 Syntax: EHLO hostname")
@@ -54,7 +48,7 @@ class SMTP(aiosmtpd.smtp.SMTP):
         self._set_rset_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
         self.session.extended_smtp = True
         self.session.host_name = hostname
-        lines = [f"250-{self.hostname}", f"250-SIZE {self.data_size_limit or 0}", "250-8BITMIME"]
+        lines = [f"250-{self.hostname}", f"250-SIZE {self.data_size_limit}", "250-8BITMIME"]
         if self.enable_SMTPUTF8:
             lines.append("250-SMTPUTF8")
         await self.push("\r\n".join([*lines, "250 HELP"]))
@@ -72,11 +66,7 @@ class SMTP(aiosmtpd.smtp.SMTP):
         # Private, but nothing else keeps commands that have arrived from being carried out.
         self._handler_coroutine.cancel()
         self.transport.write(b"421 4.3.2 dsmtpd is stopping\r\n")
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
-            self.transport.close()
-        await self._gone.wait()
+        self.transport.abort()
 
     def _getaddr(self, arg: str) -> tuple[str | None, str | None]:
         # Private, but what it calls, the parser of the email package, stumbles over `<` and others.

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dsmtpd.options import Options
-
-# Long enough for the loop to close sockets, short enough for the two seconds that a stop may take.
-_CLOSING_SECONDS = 1.0
 
 log = logging.getLogger(__package__)
 
@@ -98,7 +94,7 @@ class _Controller(UnthreadedController):
             # 20 s. The system's own name needs no resolver.
             server_hostname=socket.gethostname() or "localhost",
             ident=f"dsmtpd {__version__}",
-            data_size_limit=options.max_size or None,
+            data_size_limit=options.max_size,
             enable_SMTPUTF8=not options.disable_smtputf8,
         )
         self.loop.set_exception_handler(self._report)
@@ -133,10 +129,11 @@ class _Controller(UnthreadedController):
         """Stop listening, end all sessions, and wait for the deliveries that have begun."""
         self.server.close()
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()  # what a handler began, or a connection that was being accepted
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.finalize(), _CLOSING_SECONDS)  # type: ignore[no-untyped-call]
+        # What a handler has begun, or a connection that was being accepted.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         # A client may have left while its mail was being delivered.
         await self.loop.shutdown_default_executor()
 

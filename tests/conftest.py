@@ -25,10 +25,9 @@ def start() -> Iterator[Callable[..., Daemon]]:
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
     """Undo what `main` sets for its process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     levels = {name: logging.getLogger(name).level for name in (None, "mail.log")}
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

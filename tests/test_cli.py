@@ -90,9 +90,11 @@ def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]
         parse_args([option])
     assert raised.value.code is None
     text = capsys.readouterr().out
-    for name in ("-p", "-i", "-d", "-s", "--port", "--interface", "--directory", "--max-size"):
-        assert f"{name} " in text
-    assert "--disable-smtputf8" in text
+    for short in ("-p ", "-i ", "-d ", "-s ", "-h,"):
+        assert f"\n  {short}" in text
+    for long in ("port", "interface", "directory", "max-size", "version", "help"):
+        assert f" --{long} " in text
+    assert " --disable-smtputf8 " in text
 
 
 @pytest.mark.parametrize("buffering", [0, -1], ids=["unbuffered", "buffered"])

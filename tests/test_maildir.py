@@ -5,8 +5,10 @@ import mailbox
 import os
 import re
 import shutil
+import socket
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -81,8 +83,9 @@ def test_what_is_no_folder_cannot_be_a_maildir(tmp_path: Path, place: str) -> No
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "maildir").mkdir()
     (tmp_path / "maildir" / "new").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError) as raised:
         ensure_maildir(tmp_path / place)
+    assert raised.value.filename.startswith(str(tmp_path / place))
 
 
 @pytest.mark.parametrize("name", ["tmp", "new"])
@@ -142,6 +145,17 @@ def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(maildir: Pa
     assert len(mailbox.Maildir(maildir, create=False)) == 20
 
 
+def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
+    maildir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a/b:c")
+    names = {deliver(maildir, [b"x"]).name for _ in range(2)}
+    assert len(names) == 2
+    form = rf"1700000000\.M000005P{os.getpid()}R[0-9a-f]{{8}}Q\d+\.a\\057b\\072c"
+    assert all(re.fullmatch(form, name) for name in names)
+
+
 def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
     maildir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,16 +196,30 @@ def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
 def test_a_failed_delivery_leaves_nothing_behind(
     maildir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fsync(_: int) -> None:
+    tries = []
+
+    def fsync(fd: int) -> None:
+        tries.append(fd)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left"):
             deliver(maildir, [b"x"])
+    assert len(tries) == 1
     assert stored(maildir) == []
     deliver(maildir, [b"y"])
     assert stored(maildir) == [b"y"]
+
+
+def test_the_first_of_two_failures_is_told(maildir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    monkeypatch.setattr(os, "unlink", lambda _: fail(errno.EROFS))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        deliver(maildir, [b"x"])
 
 
 def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Path) -> None:

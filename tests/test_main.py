@@ -56,8 +56,7 @@ def test_a_mail_is_logged_and_stored_until_a_signal_ends_the_command(
     send(daemon.port())
     code, lines = daemon.end(number)
     assert code == 0
-    storing, mail, last = [line.split(" ", 2)[2] for line in lines]
-    assert storing == f"INFO: Storing the incoming emails into {maildir}"
+    mail, last = [line.split(" ", 2)[2] for line in lines]
     assert mail.startswith("INFO: 127.0.0.1:")
     assert mail.endswith(": a@example.com -> b@example.com [Hello]")
     assert last == "INFO: Cleaning up"
@@ -205,7 +204,7 @@ def test_a_script_that_started_it_in_the_background_ends_it_with_sigterm(start: 
 
 
 def test_a_closed_stderr_loses_no_mail_and_stops_nothing(start: Start, tmp_path: Path) -> None:
-    daemon = start("-p", "0", "-d", str(tmp_path), log_lines=1)
+    daemon = start("-p", "0", "-d", str(tmp_path), log_lines=2)
     port = daemon.port()
     for _ in range(3):
         send(port)
@@ -233,6 +232,6 @@ def test_an_ascii_locale_loses_no_mail_and_stops_nothing(start: Start, tmp_path:
     send(daemon.port(), "Subject: 🎉\r\n\r\né\r\n".encode())
     code, lines = daemon.end(signal.SIGTERM)
     assert code == 0
-    assert lines[1].endswith(r"a@example.com -> b@example.com [\U0001f389]")
+    assert lines[0].endswith(r"a@example.com -> b@example.com [\U0001f389]")
     assert len(stored(maildir)) == 1
     assert "🎉".encode() in stored(maildir)[0]

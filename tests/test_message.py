@@ -49,6 +49,17 @@ def message(
         (b"Subject: =?utf-8?q?open", "=?utf-8?q?open"),
         (b"not a field\r\nSubject: in the body", ""),
         (b"To: b@x\r\n\r\nSubject: in the body", ""),
+        (b"Subject:a:b", "a:b"),
+        (b": no name\r\nSubject: in the body", ""),
+        (b"X-1: a\r\nSubject: yes", "yes"),
+        (b"To: b@x\r\n \r\nSubject: yes", "yes"),
+        (b"Subject: in\r\n \t two", "in two"),
+        (b"Subject: =?utf 8?q?=C3=A9?=", "=?utf 8?q?=C3=A9?="),
+        (b"Subject: =?utf-8?x?y?=", "=?utf-8?x?y?="),
+        (b"Subject: =?utf-8?q?a b?=", "a b"),
+        (b"Subject: a=?utf-8?q??=b", "ab"),
+        (b"Subject: =?utf-8?b?8J+O?==?utf-8?b?iQ==?=", "🎉"),
+        (b"Subject: \x80\xe9", "\x80é"),
     ],
 )
 def test_the_subject_is_unfolded_and_decoded(field: bytes, subject: str) -> None:
@@ -103,6 +114,7 @@ def test_an_ipv6_host_stands_in_brackets(address: Any, text: str) -> None:
     [
         ("plain, é, 用户, 🎉", "plain, é, 用户, 🎉"),
         ("a\r\nb", r"a\r\nb"),
+        ("a\tb", r"a\tb"),
         ("\x1b[31m", r"\x1b[31m"),
         ("\x00\x07\x7f\x85\x9b", r"\x00\x07\x7f\x85\x9b"),
         ("\u202egpj.exe", r"\u202egpj.exe"),
@@ -117,6 +129,7 @@ def test_what_is_not_printable_is_shown_escaped(text: str, shown: str) -> None:
 
 def test_the_summary_is_printable_in_all_its_parts() -> None:
     hostile = message(b"Subject: =?utf-8?q?a=1Bb=0Ac?=\r\n", "\x1b@x", ("b\u202e@x", "c@x"))
+    assert Message("/run/\x1b", "a@x", (), b"").summary()["peer"] == r"/run/\x1b"
     assert hostile.summary() == {
         "peer": "127.0.0.1:54321",
         "mail_from": r"\x1b@x",
@@ -182,3 +195,5 @@ def test_octets_that_are_no_utf8_are_kept_in_the_envelope_fields() -> None:
     head = message(b"", "caf\udce9@x").stored()[0]
     parsed = email.message_from_bytes(head, policy=email.policy.compat32)
     assert decode_header(parsed["X-MailFrom"]) == [(b"caf\xe9@x", "unknown-8bit")]
+    words = message(b"", "🎉" * 25 + "\udce9").stored()[0].splitlines()[1].split(b" ")
+    assert all(len(word) <= 75 for word in words)

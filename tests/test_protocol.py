@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import smtplib
+import socket
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from dsmtpd.options import Options
 from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
-from tests.tools import MAIL, connect
+from tests.tools import FREE, MAIL, connect, troubles
 
 
 class Handler:
@@ -27,7 +27,7 @@ class Handler:
 @pytest.mark.parametrize(
     ("options", "extensions"),
     [
-        (Options(port=0), {"size": "33554432", "8bitmime": "", "smtputf8": "", "help": ""}),
+        (FREE, {"size": "33554432", "8bitmime": "", "smtputf8": "", "help": ""}),
         (
             Options(port=0, max_size=0, disable_smtputf8=True),
             {"size": "0", "8bitmime": "", "help": ""},
@@ -36,12 +36,13 @@ class Handler:
 )
 def test_ehlo_offers_what_the_options_say(options: Options, extensions: dict[str, str]) -> None:
     with Listener(Handler(), options) as listener, connect(listener.port) as client:
-        assert client.ehlo()[0] == 250
+        code, answer = client.ehlo()
+        assert (code, answer.splitlines()[0]) == (250, socket.gethostname().encode())
         assert client.esmtp_features == extensions
 
 
 def test_ehlo_wants_a_name_and_ends_a_transaction() -> None:
-    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         assert client.docmd("EHLO") == (501, b"Syntax: EHLO hostname")
         client.ehlo()
         client.mail("a@example.com")
@@ -95,7 +96,7 @@ def test_without_smtputf8_a_non_ascii_address_is_refused_and_the_session_goes_on
 
 def test_with_smtputf8_a_non_ascii_address_is_taken_with_and_without_the_parameter() -> None:
     handler = Handler()
-    with Listener(handler, Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
         client.sendmail("é@example.com", ["用户@例え.jp"], MAIL, mail_options=["SMTPUTF8"])
         client.command_encoding = "utf-8"
         client.sendmail("é@example.com", ["用户@例え.jp"], MAIL)
@@ -106,7 +107,7 @@ def test_with_smtputf8_a_non_ascii_address_is_taken_with_and_without_the_paramet
 
 def test_the_null_reverse_path_is_kept() -> None:
     handler = Handler()
-    with Listener(handler, Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
         client.sendmail("", ["b@example.com"], MAIL)
     assert handler.envelopes[0].mail_from == "<>"
 
@@ -115,28 +116,57 @@ def test_the_null_reverse_path_is_kept() -> None:
 def test_a_malformed_address_is_refused_and_the_session_goes_on(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         client.ehlo()
         assert client.docmd(f"MAIL FROM:{address}") == (553, b"5.1.3 Error: malformed address")
         client.mail("a@example.com")
         assert client.docmd(f"RCPT TO:{address}") == (553, b"5.1.3 Error: malformed address")
         assert client.rcpt("b@example.com")[0] == 250
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert troubles(caplog) == []
 
 
 def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
     address = f"{'a' * 900}@example.com"
-    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         client.ehlo()
         assert client.mail(address)[0] == 250
         assert client.rcpt(address)[0] == 250
+        assert client.docmd("NOOP " + "x" * 994)[0] == 250
         assert client.rcpt("b" * 1000)[0] == 500
         assert client.noop()[0] == 250
 
 
 def test_help_knows_ehlo() -> None:
-    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         assert client.docmd("HELP EHLO") == (250, b"Syntax: EHLO hostname")
+
+
+class Ending:
+    """A handler that, at the NOOP of another session, ends the session whose NOOP came first."""
+
+    def __init__(self) -> None:
+        self.first: SMTP | None = None
+        self.noops = 0
+
+    async def handle_NOOP(self, server: SMTP, *_: object) -> str:
+        self.noops += 1
+        if self.first is None:
+            self.first = server
+        else:
+            self.first.data_received(b"NOOP\r\n")
+            await self.first.hang_up()
+        return "250 OK"
+
+
+def test_a_session_that_is_hung_up_carries_out_nothing_more() -> None:
+    handler = Ending()
+    with Listener(handler, FREE) as listener, connect(listener.port) as other:
+        first = connect(listener.port)
+        first.noop()
+        other.noop()
+        assert first.getreply()[0] == 421
+        assert handler.noops == 2
+        first.close()
 
 
 def test_a_session_without_a_client_can_be_hung_up() -> None:
@@ -147,7 +177,7 @@ def test_a_session_without_a_client_can_be_hung_up() -> None:
 
 
 def test_a_command_that_is_none_does_not_end_the_session() -> None:
-    with Listener(Handler(), Options(port=0)) as listener, connect(listener.port) as client:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         assert client.docmd("\x1b[2J")[0] == 500
         assert client.noop()[0] == 250
         with pytest.raises(smtplib.SMTPNotSupportedError):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import re
 import smtplib
 import socket
@@ -18,12 +17,10 @@ import pytest
 from dsmtpd import __version__
 from dsmtpd.options import Options
 from dsmtpd.server import Listener, ListenError
-from tests.tools import MAIL, PATIENCE, begin_data, connect, send
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, send, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-FREE = Options(port=0)
 
 
 class Handler:
@@ -73,9 +70,22 @@ def test_all_addresses_of_a_name_share_one_port(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with Listener(handler, Options(interface="two.test", port=0)) as listener:
+        assert listener.host in {"127.0.0.1", "::1"}
         send(listener.port, host="127.0.0.1")
         send(listener.port, host="::1")
     assert handler.contents == [MAIL, MAIL]
+
+
+def test_the_thread_ends_with_the_block(handler: Handler) -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("dsmtpd")]
+
+    with Listener(handler, FREE):
+        assert len(threads()) == 1
+    assert threads() == []
+    with pytest.raises(ListenError), Listener(handler, Options(interface="192.0.2.254")):
+        pytest.fail("it cannot listen there")
+    assert threads() == []
 
 
 def test_the_greeting_names_the_host_and_the_version(handler: Handler) -> None:
@@ -92,9 +102,9 @@ def test_no_connection_asks_the_resolver(handler: Handler, monkeypatch: pytest.M
         raise AssertionError
 
     monkeypatch.setattr(socket, "getfqdn", getfqdn)
-    with Listener(handler, FREE) as listener:
-        send(listener.port)
-    assert handler.contents == [MAIL]
+    monkeypatch.setattr(socket, "gethostname", lambda: "")
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        assert client.ehlo()[1].splitlines()[0] == b"localhost"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -167,18 +177,22 @@ def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handle
     handler.may_end.clear()
     with ExitStack() as block, ThreadPoolExecutor(1) as pool:
         listener = block.enter_context(Listener(handler, FREE))
-        idle, busy = connect(listener.port), connect(listener.port)
+        idle = [connect(listener.port) for _ in range(5)]
+        busy = connect(listener.port)
         begin_data(busy)
-        busy.send(b"Subject: x\r\n.\r\n")
+        busy.send(b"Subject: x\r\n.\r\nNOOP\r\n")
         assert handler.begun.wait(PATIENCE)
         leaving = pool.submit(block.close)
-        assert idle.getreply() == (421, b"4.3.2 dsmtpd is stopping")
+        for client in idle:
+            assert client.getreply() == (421, b"4.3.2 dsmtpd is stopping")
+            client.close()
+        with pytest.raises(ConnectionRefusedError):
+            connect(listener.port)
         assert not leaving.done()
         handler.may_end.set()
         assert busy.getreply() == (250, b"OK")
         assert busy.getreply() == (421, b"4.3.2 dsmtpd is stopping")
         leaving.result(PATIENCE)
-        idle.close()
         busy.close()
     assert handler.contents == [b"Subject: x\r\n"]
 
@@ -227,6 +241,21 @@ def test_leaving_the_block_does_not_wait_for_a_client_that_does_not_read() -> No
     client.close()
 
 
+class Endless:
+    """A handler that never answers a NOOP."""
+
+    async def handle_NOOP(self, *_: object) -> None:
+        await asyncio.sleep(3600)
+
+
+def test_leaving_the_block_waits_for_nothing_but_deliveries() -> None:
+    with Listener(Endless(), FREE) as listener:
+        client = connect(listener.port)
+        client.putcmd("NOOP")
+    assert client.getreply()[0] == 421
+    client.close()
+
+
 class Busy:
     """A handler that begins, at NOOP, what never ends."""
 
@@ -260,7 +289,7 @@ def test_a_client_that_vanishes_is_no_error(
         send(listener.port)
     gc.collect()
     assert handler.contents == [MAIL]
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert troubles(caplog) == []
 
 
 class Failing:
@@ -277,10 +306,24 @@ def test_what_asyncio_has_to_tell_is_one_line_and_told_once(
     with Listener(Failing(), FREE) as listener, connect(listener.port) as client:
         client.noop()
         client.noop()
-    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [(record.levelname, record.exc_info) for record in told] == [("ERROR", None)]
-    assert ": ValueError(" in told[0].getMessage()
-    assert "\n" not in told[0].getMessage()
+    ((level, text),) = troubles(caplog)
+    assert level == "ERROR"
+    assert re.fullmatch(r"Exception in callback .*: ValueError\(.*", text)
+
+
+class Telling:
+    """A handler for which asyncio has, at NOOP, something to tell that is no exception."""
+
+    async def handle_NOOP(self, *_: object) -> str:
+        asyncio.get_running_loop().call_exception_handler({"message": "told"})
+        return "250 OK"
+
+
+def test_what_is_no_exception_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    with Listener(Telling(), FREE) as listener, connect(listener.port) as client:
+        client.noop()
+    assert troubles(caplog) == [("ERROR", "told: None")]
+    assert caplog.records[-1].name == "dsmtpd"
 
 
 class Leaving:
@@ -298,4 +341,4 @@ def test_a_connection_that_breaks_is_nothing_to_tell(caplog: pytest.LogCaptureFi
     ):
         client.noop()
     gc.collect()
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert troubles(caplog) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import re
@@ -13,8 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsmtpd.options import Options
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import pytest
 
 # Far more than anything here takes: a test fails instead of hanging.
 PATIENCE = 20.0
@@ -23,6 +28,8 @@ MAIL = b"Subject: Hello\r\n\r\nHi there.\r\n"
 
 # Python 3.15 deprecates what aiosmtpd 1.4.6 imports.
 WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning:aiosmtpd.proxy_protocol")
+
+FREE = Options(port=0)
 
 RUN = (sys.executable, *WARNINGS, "-m", "dsmtpd")
 
@@ -45,6 +52,13 @@ def begin_data(client: smtplib.SMTP) -> None:
     assert client.docmd("DATA")[0] == 354
 
 
+def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Return the level and the text of what has been logged as a warning, or worse."""
+    records = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert all(record.exc_info is None for record in records)
+    return [(record.levelname, record.getMessage()) for record in records]
+
+
 def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
     """Return the mails in new/, oldest first, after a look that tmp/ is empty."""
     assert list(Path(maildir, "tmp").iterdir()) == []
@@ -63,6 +77,7 @@ class Daemon:
         log_lines: int | None = None,
     ) -> None:
         """Start it; of its log read only so many lines, and then close the pipe, when asked to."""
+        self.arguments = arguments
         environment = dict(os.environ)
         # Users do not set it, and it would hide what buffers do at the end.
         environment.pop("PYTHONUNBUFFERED", None)
@@ -91,9 +106,11 @@ class Daemon:
         return self._lines.get(timeout=PATIENCE)
 
     def port(self) -> int:
-        """Return the port that it listens on, when it does."""
+        """Return the port that it listens on, when it has told all that it tells at the start."""
         match = re.search(r"INFO: Starting dsmtpd \S+ at \S+:(\d+) size limit", line := self.line())
         assert match, line
+        if "-d" in self.arguments:
+            assert "INFO: Storing the incoming emails into " in self.line()
         return int(match[1])
 
     def end(self, signal: int | None = None) -> tuple[int, list[str]]:
