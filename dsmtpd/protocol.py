@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import aiosmtpd.smtp
@@ -69,11 +70,12 @@ class SMTP(aiosmtpd.smtp.SMTP):
         self.transport.abort()
 
     def _getaddr(self, arg: str) -> tuple[str | None, str | None]:
-        # Private, but what it calls, the parser of the email package, stumbles over `<` and others.
-        try:
-            return super()._getaddr(arg)
-        except (AttributeError, IndexError, UnboundLocalError):
-            return None, None  # which is answered with "malformed address"
+        # Private. The parser of the email package, which it calls, stumbles over `<` and the like
+        # before Python 3.14. Without an address the answer is "malformed address".
+        address: tuple[str | None, str | None] = None, None
+        with suppress(AttributeError, IndexError, UnboundLocalError):
+            address = super()._getaddr(arg)
+        return address
 
     async def _call_handler_hook(self, command: str, *args: Any) -> Any:
         # Private, but the only place that encloses a delivery: the mail is whole, not yet answered.

@@ -112,7 +112,7 @@ def test_the_null_reverse_path_is_kept() -> None:
     assert handler.envelopes[0].mail_from == "<>"
 
 
-@pytest.mark.parametrize("address", ["<", "a@", '<"', "<a@[x.\x00", "<@[\t", "<@a:>"])
+@pytest.mark.parametrize("address", ["<", "a@", "<@[\t", "<@a:>"])
 def test_a_malformed_address_is_refused_and_the_session_goes_on(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
