@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv*, by default those of the process.
 
     Returns its exit code: 0 after SIGINT or SIGTERM, 1 when it cannot listen, 2 when the arguments
-    cannot be carried out.
+    cannot be carried out. `--help` and `--version` raise `SystemExit`.
     """
     logs.configure()
     try:
@@ -97,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stop_signals() -> Iterator[set[signal.Signals]]:
-    """Keep back the signals that ask the process to stop; lend their numbers, for `sigwait`.
+    """Block the signals that ask the process to stop; lend their numbers, for `sigwait`.
 
-    None of them can get lost so, at whatever moment and to whichever thread it is sent; nor can one
-    spoil the end that is repeated, as some runners do. What the process was started to ignore, as a
-    script's `dsmtpd &` ignores SIGINT, stays ignored. Only if the work fails are they let go.
+    This way none gets lost, whenever and to whichever thread it is sent, and a repeated one, as
+    some runners send it, cannot disturb the end. What the process was started to ignore, as a
+    script's `dsmtpd &` ignores SIGINT, stays ignored. Only when the work fails are they unblocked.
     """
     stopping = {
         number
@@ -152,7 +152,7 @@ def _store(maildir: str | os.PathLike[str], message: Message) -> str:
 
 
 def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:
-    """Return why *error* came, and where, unless that is *maildir* itself."""
+    """Return what caused *error*, and where, unless that is *maildir* itself."""
     path = error.filename2 or error.filename or maildir
     where = "" if str(path) == str(maildir) else f" ({path})"
     return f"{error.strerror}{where}"

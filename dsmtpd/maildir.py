@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FOLDERS = ("tmp", "new", "cur")
 
-# Like other Maildir software: mails are for their owner's eyes, unless he opens the folders.
+# Like other Maildir software: mails are for their owner's eyes, unless they open the folders.
 _FOLDER_MODE = 0o700
 
 _count = itertools.count(1)

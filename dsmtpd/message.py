@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# As much of the header and of a subject is read for the log; a hostile mail could keep us busy.
+# Only so much of the header and of a subject is read for the log: a hostile mail must not keep the
+# server busy.
 _HEADER_OCTETS = 1024 * 1024
 _SUBJECT_OCTETS = 8 * 1024
 
@@ -39,7 +40,7 @@ class Message:
     *peer*: the client's socket address, as Python's `socket` gives it.
     *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
     *rcpt_tos*: the recipients.
-    *content*: the octets behind DATA, dot-unstuffed, with the line ends that were sent.
+    *content*: the octets after DATA, dot-unstuffed, with the line ends that were sent.
     """
 
     peer: Any
@@ -117,7 +118,10 @@ def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _decoded(value: bytes) -> str:
-    """Return a field's *value* as text; what cannot be decoded is shown as it was sent."""
+    """Return a field's *value* as text.
+
+    What is not UTF-8 is read as Latin-1, and broken encoded words stay as they were sent.
+    """
     try:
         text = value.decode("utf-8")
     except UnicodeDecodeError:

@@ -57,7 +57,7 @@ class SMTP(aiosmtpd.smtp.SMTP):
     async def hang_up(self) -> None:
         """End the session, after the answer to a delivery that has begun.
 
-        The client learns it from a 421 (RFC 5321, section 3.8). One that does not read is not
+        The client is told by a 421 (RFC 5321, section 3.8). One that does not read is not
         waited for.
         """
         while not self._not_delivering.is_set():

@@ -48,7 +48,7 @@ class Listener:
         self._options = options
 
     def __enter__(self) -> Self:
-        """Listen; raises `ListenError` as soon as the system says that it cannot be."""
+        """Listen; raises `ListenError` as soon as the system says that this cannot be."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
         try:
             self._controller = self._thread.submit(self._listen).result()
@@ -140,7 +140,7 @@ class _Controller(UnthreadedController):
     def _report(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log in one line, and once, what asyncio would print with a traceback and again and again.
 
-        It finds a hundred times a second that no more files can be opened.
+        Out of file descriptors, it would report that a hundred times a second.
         """
         report = f"{context['message']}: {context.get('exception')!r}"
         if report != self._reported:
