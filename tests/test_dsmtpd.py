@@ -288,7 +288,7 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
         leaving = pool.submit(block.close)
         assert idle.getreply()[0] == 421
         idle.close()
-        # On the first try it would have ended by now; that it has not can only be seen by waiting.
+        # There is no event for what must not happen: that it leaves without the delivery.
         assert not wait([leaving], 0.2).done
         gate.opened.set()
         leaving.result(PATIENCE)

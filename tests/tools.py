@@ -121,6 +121,11 @@ class Daemon:
         self._reader.join(PATIENCE)
         return code, [self._lines.get() for _ in range(self._lines.qsize())]
 
+    def failure(self) -> tuple[int, str]:
+        """Return the exit code and the text of the one line with which it gives up by itself."""
+        code, (line,) = self.end()
+        return code, line.partition(" ERROR: ")[2]
+
     def close(self) -> None:
         """Leave nothing running, whatever the test did."""
         self.process.kill()
