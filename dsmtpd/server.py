@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__package__)
 
+# At the same time.
+_DELIVERIES = 32
+
 
 class ListenError(OSError):
     """The server cannot listen; the text names the interface, the port and the reason."""
@@ -99,7 +102,10 @@ class _Controller(UnthreadedController):
         )
         self.loop.set_exception_handler(self._report)
         self._reported = ""
+        # Deliveries wait for the disk: the more of them do so at once, the better.
+        self.loop.set_default_executor(ThreadPoolExecutor(_DELIVERIES, "delivery"))
         self._sessions: WeakSet[SMTP] = WeakSet()
+        self._pattern = SMTP(self.handler, loop=self.loop, **self.SMTP_kwargs)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -109,7 +115,7 @@ class _Controller(UnthreadedController):
 
     def factory(self) -> SMTP:
         """Return the protocol for a new connection."""
-        session = SMTP(self.handler, loop=self.loop, **self.SMTP_kwargs)
+        session = self._pattern.twin()
         self._sessions.add(session)
         return session
 

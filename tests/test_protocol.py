@@ -3,14 +3,22 @@ from __future__ import annotations
 import asyncio
 import smtplib
 import socket
-from typing import Any
+import tracemalloc
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
+import aiosmtpd.smtp
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from dsmtpd.options import Options
 from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, connect, troubles
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, troubles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 
 class Handler:
@@ -19,9 +27,77 @@ class Handler:
     def __init__(self) -> None:
         self.envelopes: list[Any] = []
 
+    @property
+    def contents(self) -> list[bytes]:
+        return [envelope.content for envelope in self.envelopes]
+
     async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
         self.envelopes.append(envelope)
         return "250 OK"
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time can be moved forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+
+class Wire:
+    """A client that talks to a session in the same loop, so that each step is seen to be done."""
+
+    def __init__(self, handler: object, **parameters: Any) -> None:
+        self.loop = asyncio.get_running_loop()
+        settings = {"hostname": "server.test", "ident": "test", "enable_SMTPUTF8": True}
+        self.session = SMTP(handler, loop=self.loop, **settings, **parameters).twin()
+        self.socket, self._other = socket.socketpair()
+        self.socket.setblocking(False)  # noqa: FBT003  # its only form
+
+    async def open(self) -> None:
+        await self.loop.connect_accepted_socket(lambda: self.session, self._other)
+
+    async def send(self, octets: bytes) -> None:
+        """Return when the session has read *octets*, and done what it can do at once."""
+        await self.loop.sock_sendall(self.socket, octets)
+        for _ in range(6):
+            await asyncio.sleep(0)
+
+    async def replies(self) -> list[bytes]:
+        """Return all replies, after a word that there is nothing more to send."""
+        self.socket.shutdown(socket.SHUT_WR)
+        received = b""
+        while octets := await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE):
+            received += octets
+        self.socket.close()
+        return received.splitlines()
+
+
+def converse(pieces: Iterable[bytes], handler: object, **parameters: Any) -> list[bytes]:
+    """Return the replies to *pieces*, which the session reads one by one."""
+
+    async def run() -> list[bytes]:
+        wire = Wire(handler, **parameters)
+        await wire.open()
+        for piece in pieces:
+            await wire.send(piece)
+        return await wire.replies()
+
+    return asyncio.run(run())
+
+
+def codes(replies: Iterable[bytes]) -> list[int]:
+    return [int(reply[:3]) for reply in replies]
+
+
+def stuffed(content: bytes) -> bytes:
+    """Return *content* as a client sends it after DATA (RFC 5321, section 4.5.2)."""
+    lines = content.split(b"\r\n")
+    return b"\r\n".join(b"." * line.startswith(b".") + line for line in lines) + b".\r\n"
+
+
+BEGIN = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
 
 
 @pytest.mark.parametrize(
@@ -182,3 +258,316 @@ def test_a_command_that_is_none_does_not_end_the_session() -> None:
         assert client.noop()[0] == 250
         with pytest.raises(smtplib.SMTPNotSupportedError):
             client.starttls()
+
+
+CONTENTS = [
+    b"",
+    b"\r\n",
+    b"\r\n\r\n",
+    b".\r\n",
+    b"..\r\n",
+    b".\r\n.\r\n",
+    b"Subject: x\r\n\r\n.hidden\r\n..\r\nend\r\n",
+    # None of these ends the mail: it is no line of its own without a CRLF on both sides.
+    b"a\n.\nb\r\n",
+    b"a\r.\rb\r\n",
+    b"a\n.\r\nb\r\n",
+    b"a\r.\r\nb\r\n",
+    b"a\r\n.\nb\r\n",
+    b"a\r\n.\rb\r\n",
+    b"a\r\n.\r\r\nb\r\n",
+    b"\n.\r\n",
+    b"\r\r\n.\r\n",
+    b"\x00\xff\r\n",
+]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_the_content_is_the_same_wherever_the_reads_are_cut(content: bytes) -> None:
+    octets = BEGIN + stuffed(content) + b"NOOP\r\n"
+    cuts = range(len(BEGIN) - 7, len(octets))
+    ways = [[octets], [bytes([octet]) for octet in octets]]
+    for pieces in [*ways, *([octets[:cut], octets[cut:]] for cut in cuts)]:
+        handler = Handler()
+        replies = converse([b"HELO x\r\n", *pieces], handler)
+        assert handler.contents == [content]
+        assert codes(replies) == [220, 250, 250, 250, 354, 250, 250]
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.sampled_from([b"\r\n", b".", b"\r", b"\n", b"a", b"x" * 1001]), max_size=30),
+    st.lists(st.integers(1, 40), max_size=8),
+)
+def test_any_content_arrives_whole_in_any_pieces(parts: list[bytes], cuts: list[int]) -> None:
+    content = b"".join(parts) + b"\r\n"
+    octets, pieces = BEGIN + stuffed(content), []
+    for cut in cuts:
+        pieces.append(octets[:cut])
+        octets = octets[cut:]
+    handler = Handler()
+    converse([b"HELO x\r\n", *filter(None, pieces), octets], handler)
+    assert handler.contents == [content]
+
+
+def test_a_mail_of_many_reads_arrives_whole() -> None:
+    handler = Handler()
+    content = b"".join(b".%d\r\n" % number for number in range(300_000))
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        client.sendmail("a@x", ["b@x"], content)
+        client.sendmail("a@x", ["b@x"], content)
+    assert handler.contents == [content, content]
+
+
+@pytest.mark.parametrize("octets", [998, 999, 5000, 70_000, 3_000_000])
+def test_a_line_may_be_as_long_as_the_mail(octets: int) -> None:
+    handler = Handler()
+    content = b"." + b"x" * (octets - 1) + b"\r\n"
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        client.sendmail("a@x", ["b@x"], content)
+    assert handler.contents == [content]
+
+
+@pytest.mark.parametrize("line", [b"x" * 6 + b"\r\n", b".\r\n", b"..\r\n", b"\r\n"])
+def test_the_limit_counts_the_mail_without_the_stuffing(line: bytes) -> None:
+    for lines in (1, 7, 100_000):
+        content = line * lines
+        for limit, code in ((len(content), 250), (len(content) - 1, 552)):
+            handler = Handler()
+            pieces = [b"HELO x\r\n", BEGIN, stuffed(content) + b"NOOP\r\n"]
+            replies = converse(pieces, handler, data_size_limit=limit)
+            assert codes(replies)[-3:] == [354, code, 250]
+            assert handler.contents == [content] * (code == 250)
+
+
+def test_what_is_over_the_limit_takes_no_memory() -> None:
+    with (
+        Listener(Handler(), Options(port=0, max_size=1_000_000)) as listener,
+        connect(listener.port) as client,
+    ):
+        begin_data(client)
+        chunk = (b"x" * 98 + b"\r\n") * 10_000
+        tracemalloc.start()
+        try:
+            for _ in range(100):
+                client.send(chunk)
+            client.send(b".\r\n")
+            assert client.getreply()[0] == 552
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+        assert client.noop()[0] == 250
+
+
+def test_what_a_client_sends_before_it_closes_its_half_is_carried_out_and_answered() -> None:
+    handler = Handler()
+    replies = converse([b"HELO x\r\n" + BEGIN + b".\r\nNOOP\r\nQUI"], handler)
+    assert codes(replies) == [220, 250, 250, 250, 354, 250, 250]
+    assert handler.contents == [b""]
+
+
+def test_a_mail_without_its_end_is_none() -> None:
+    handler = Handler()
+    assert codes(converse([b"HELO x\r\n" + BEGIN + b"hi\r\n."], handler))[-1] == 354
+    assert handler.contents == []
+
+
+@pytest.mark.parametrize("verb", [b"X", b"x-y", b"\xff", b"", b"\x1b[2J"])
+def test_what_is_no_command_is_refused(verb: bytes) -> None:
+    assert codes(converse([verb + b" z\r\nNOOP\r\n"], Handler())) == [220, 500, 250]
+
+
+def test_what_talks_another_protocol_is_cut() -> None:
+    replies = converse([b"GET / HTTP/1.1\r\n" * 5 + b"NOOP\r\n"], Handler())
+    assert codes(replies) == [220, 500, 500, 500, 500, 502]
+    assert replies[1] == b'500 Error: command "GET" not recognized'
+
+
+@pytest.mark.parametrize("octets", [1002, 300_000, 3_000_000])
+def test_a_command_line_that_is_too_long_is_refused_once(octets: int) -> None:
+    replies = converse([b"NOOP " + b"x" * (octets - 5) + b"\r\nNOOP\r\n"], Handler())
+    assert codes(replies) == [220, 500, 250]
+
+
+def test_commands_out_of_order_are_refused() -> None:
+    pieces = [b"DATA\r\nHELO x\r\nDATA\r\n", BEGIN[:-2] + b" x\r\n"]
+    assert codes(converse(pieces, Handler())) == [220, 503, 250, 503, 250, 250, 501]
+
+
+class Refusing:
+    """A handler that fails at the first mail."""
+
+    def __init__(self) -> None:
+        self.mails = 0
+
+    async def handle_DATA(self, *_: object) -> str:
+        self.mails += 1
+        if self.mails == 1:
+            raise ZeroDivisionError
+        return "250 OK"
+
+    async def handle_exception(self, error: Exception) -> str:
+        return f"451 {error!r}"
+
+
+def test_after_a_mail_that_the_handler_fails_at_the_next_one_is_taken() -> None:
+    replies = converse([b"HELO x\r\n", (BEGIN + b".\r\n") * 2], Refusing())
+    assert codes(replies) == [220, 250, 250, 250, 354, 451, 250, 250, 354, 250]
+
+
+def test_sessions_share_nothing_that_a_client_says() -> None:
+    handler = Handler()
+    with (
+        Listener(handler, FREE) as listener,
+        connect(listener.port) as one,
+        connect(listener.port) as two,
+    ):
+        begin_data(one)
+        assert two.docmd("RCPT", "TO:<c@x>")[0] == 503
+        two.sendmail("c@x", ["d@x"], b"two")
+        one.send(b"one\r\n.\r\n")
+        assert one.getreply()[0] == 250
+    envelopes = [(mail.mail_from, mail.rcpt_tos, mail.content) for mail in handler.envelopes]
+    assert envelopes == [
+        ("c@x", ["d@x"], b"two\r\n"),
+        ("a@example.com", ["b@example.com"], b"one\r\n"),
+    ]
+
+
+class Slow(Handler):
+    """A handler that takes ten minutes for a mail."""
+
+    async def handle_DATA(self, server: object, session: object, envelope: Any) -> str:
+        await asyncio.sleep(600)
+        return await super().handle_DATA(server, session, envelope)
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    loop = Clock()
+    yield loop
+    loop.close()
+
+
+def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(clock: Clock) -> None:
+    handler = Handler()
+
+    async def run() -> list[bytes]:
+        wire = Wire(handler)
+        await wire.open()
+        await wire.send(b"HELO x\r\n")
+        for piece in (BEGIN, b"slow", b"ly\r\n", b".", b"\r\n", BEGIN, b"never"):
+            clock.ahead += 299
+            await wire.send(piece)
+        clock.ahead += 299
+        await asyncio.sleep(0)
+        assert wire.session.transport is not None
+        clock.ahead += 2
+        return await wire.replies()
+
+    replies = clock.run_until_complete(run())
+    assert codes(replies) == [220, 250, 250, 250, 354, 250, 250, 250, 354, 421]
+    assert handler.contents == [b"slowly\r\n"]
+
+
+def test_a_client_is_not_cut_while_it_waits_for_a_delivery(clock: Clock) -> None:
+    handler = Slow()
+
+    async def run() -> list[bytes]:
+        wire = Wire(handler)
+        await wire.open()
+        await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
+        for _ in range(20):
+            clock.ahead += 31
+            await asyncio.sleep(0)
+        return await wire.replies()
+
+    assert codes(clock.run_until_complete(run()))[-2:] == [354, 250]
+    assert len(handler.contents) == 1
+
+
+ADDRESSES = [
+    "<a@example.com>",
+    "<a@example.com> SIZE=1000",
+    "<a@example.com>  BODY=8BITMIME  SMTPUTF8 ",
+    "<a@example.com>SIZE=1000",
+    "<a@example.com> (comment) SIZE=1000",
+    "<a@example.com> \u00a0SIZE=1000",
+    "<bounce+user=example.org@lists.example.com>",
+    "<!#$%&'*+-/=?^_`{|}~@example.com>",
+    "<first.last@sub.example.com>",
+    "<.a@example.com>",
+    "<a.@example.com>",
+    "<a..b@example.com>",
+    "<a@.example.com>",
+    "<a@example..com>",
+    "<a@example.com.>",
+    "<用户@例え.jp>",
+    "<é@example.com>",
+    "<caf\udce9@example.com>",
+    "<=?utf-8?q?boss?=@example.com>",
+    "<a@=?utf-8?q?example?=>",
+    "<x=?utf-8?q?boss?=@example.com>",
+    "<a@example.com",
+    "a@example.com",
+    "a@example.com>",
+    "<a>",
+    "<a@>",
+    "<@example.com>",
+    "<a@b@example.com>",
+    "<a@[127.0.0.1]>",
+    '<"a b"@example.com>',
+    '<"a"@example.com>',
+    "<a(comment)@example.com>",
+    "< a@example.com >",
+    "<@relay.example.org:a@example.com>",
+    "<a\x01@example.com>",
+    "<a@exa\x7fmple.com>",
+    "<>",
+    "<> SIZE=1000",
+    "<",
+    "",
+    " ",
+    "<a@example.com>\r",
+    "<a@example.com>\x0bSIZE=1000",
+    "Name <a@example.com>",
+    "<a_b@example_c.com>",
+    "<a\u0301@example.com>",
+    "<\u0661@example.com>",
+    f"<{'a' * 300}@{'b' * 300}.com>",
+]
+
+
+def full(address: str) -> tuple[str | None, str | None]:
+    """Return what aiosmtpd's own parser makes of *address*."""
+    with suppress(AttributeError, IndexError, UnboundLocalError):
+        return aiosmtpd.smtp.SMTP._getaddr(PARSER, address)  # noqa: SLF001  # the reference
+    return None, None
+
+
+def ours(address: str) -> tuple[str | None, str | None]:
+    return PARSER._getaddr(address)  # noqa: SLF001  # no reply tells all that it returns
+
+
+LOOP = asyncio.new_event_loop()
+LOOP.close()  # Nothing here waits for anything.
+PARSER = SMTP(Handler(), hostname="server.test", loop=LOOP)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_what_the_full_parser_says(address: str) -> None:
+    assert ours(address) == full(address)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(
+    st.lists(
+        st.sampled_from(["<", ">", "@", ".", " ", "=?utf-8?q?", "?=", "(", ")", '"', "a", "é", "="])
+        | st.text(max_size=2),
+        max_size=14,
+    ).map("".join)
+    | st.from_regex(r"<[^<>@]{1,6}@[^<>@]{1,6}> ?.{0,6}", fullmatch=True)
+)
+@example("<a@b>")
+def test_any_address_is_what_the_full_parser_says(address: str) -> None:
+    assert ours(address) == full(address)
