@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dsmtpd import __version__, logs
 from dsmtpd.cli import UsageError, parse_args
 from dsmtpd.maildir import count_mails, create_maildir, deliver, ensure_maildir, is_maildir
-from dsmtpd.message import Message, endpoint, printable
+from dsmtpd.message import LINE_OCTETS, Message, endpoint, printable
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
     from dsmtpd.message import Envelope
@@ -40,6 +41,9 @@ LOGGERNAME = "dsmtpd"
 
 log = logging.getLogger(LOGGERNAME)
 
+# Seconds. No disk flushes a file so quickly, and no thread is told to do it: only memory does.
+_AT_ONCE = 100e-6
+
 
 class DsmtpdHandler:
     """Shows each mail as one log line, and stores it when it has a Maildir; for any controller.
@@ -50,6 +54,7 @@ class DsmtpdHandler:
     def __init__(self, maildir: str | os.PathLike[str] | None = None) -> None:
         """Make the Maildir ready, when there is one."""
         self.maildir = maildir
+        self._at_once = False
         if maildir is not None:
             ensure_maildir(maildir)
 
@@ -60,18 +65,45 @@ class DsmtpdHandler:
         (RFC 5321, section 4.2.1): the sender is to keep the mail and to try again.
         """
         message = Message.from_envelope(session.peer, envelope)
-        log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", message.summary())
+        summary = message.summary()
+        log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
+        if longest := message.longest_line():
+            log.warning(
+                "%s: The longest line has %d octets; servers may refuse more than %d",
+                summary["peer"],
+                longest,
+                LINE_OCTETS,
+            )
         if self.maildir is None:
             return "250 OK"
+        if self._at_once:
+            return self._store(self.maildir, message)
         # In a thread, for a slow disk must not keep the other sessions waiting; shielded, for what
         # has been shown is to be stored even if the client does not wait for it.
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(None, _store, self.maildir, message))
+        return await asyncio.shield(loop.run_in_executor(None, self._store, self.maildir, message))
 
     async def handle_exception(self, error: Exception) -> str:
         """Log *error*, which is a fault of ours, and tell the client nothing of it."""
         log.error("Internal error: %r", error)
         return "451 4.3.0 Internal error"
+
+    def _store(self, maildir: str | os.PathLike[str], message: Message) -> str:
+        """Store *message* in *maildir*; return the reply to its sender."""
+        try:
+            deliver(maildir, message.envelope_fields(), message.content, self._flush)
+        except OSError as error:
+            reason = _reason(maildir, error)
+            log.error("%s", printable(f"Cannot store a mail in {maildir}: {reason}"))
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
+        return "250 OK"
+
+    def _flush(self, descriptor: int) -> None:
+        """Flush a file to the disk, and note whether that makes anybody wait."""
+        begin = time.perf_counter()
+        os.fsync(descriptor)
+        self._at_once = time.perf_counter() - begin < _AT_ONCE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,17 +170,6 @@ def _announce(options: Options, port: int, mails: int) -> None:
         log.info("Found a Maildir storage with %d mails", mails)
     if options.directory is not None:
         log.info("Storing the incoming emails into %s", printable(options.directory))
-
-
-def _store(maildir: str | os.PathLike[str], message: Message) -> str:
-    """Store *message* in *maildir*; return the reply to its sender."""
-    try:
-        deliver(maildir, message.stored())
-    except OSError as error:
-        log.error("%s", printable(f"Cannot store a mail in {maildir}: {_reason(maildir, error)}"))
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
-    return "250 OK"
 
 
 def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:

@@ -38,6 +38,10 @@ def configure() -> None:
         # Started with stderr closed. Its number, 2, would go to the next file that is opened, and
         # with it what the interpreter prints there: that file must not be a mail.
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the end
+    # What the format does not show need not be found out for each record: "Optimization" in the
+    # Logging HOWTO has these names, even the private one.
+    for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
+        setattr(logging, name, None)
     logging.basicConfig(format=FORMAT, level=logging.INFO, handlers=[StderrHandler()])
     # aiosmtpd tells every command, and its warnings quote the client's bytes as they came.
     logging.getLogger("mail.log").setLevel(logging.ERROR)

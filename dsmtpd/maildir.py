@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import mailbox
 import os
 import socket
 import time
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 FOLDERS = ("tmp", "new", "cur")
 
 # Like other Maildir software: mails are for their owner's eyes, unless they open the folders.
 _FOLDER_MODE = 0o700
 
-_count = itertools.count(1)
+# Of a large mail, so much is turned into its stored form at once.
+_PIECE = 256 * 1024
+
+_count = count(1)
 _random = os.urandom(4).hex()
 
 
@@ -76,36 +79,66 @@ def count_mails(path: str | os.PathLike[str]) -> int:
     )
 
 
-def deliver(path: str | os.PathLike[str], parts: Sequence[bytes]) -> Path:
-    """Store the mail that *parts* make up in the Maildir at *path*; return its file in new/.
+def deliver(
+    path: str | os.PathLike[str],
+    head: bytes,
+    content: bytes,
+    flush: Callable[[int], None] = os.fsync,
+) -> str:
+    """Store *head* and *content* as one mail in the Maildir at *path*; return its file in new/.
 
-    The file is written in tmp/, flushed to the disk and moved, as Maildir(5) wants: no reader sees
-    half a mail. A Maildir that has disappeared is made again. Any thread of any process may
+    The CRLF of *content* become LF, and nothing else changes. The file is written in tmp/, flushed
+    to the disk by *flush*, which is given its descriptor, and moved, as Maildir(5) wants: no reader
+    sees half a mail. A Maildir that has disappeared is made again. Any thread of any process may
     deliver into the same Maildir at the same time.
 
     Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
     """
     try:
-        return _deliver(Path(path), parts)
+        return _deliver(path, head, content, flush)
     except FileNotFoundError:
         ensure_maildir(path)
-        return _deliver(Path(path), parts)
+        return _deliver(path, head, content, flush)
 
 
-def _deliver(path: Path, parts: Sequence[bytes]) -> Path:
+def _deliver(
+    path: str | os.PathLike[str], head: bytes, content: bytes, flush: Callable[[int], None]
+) -> str:
+    # By the functions of `os`: all mails go this way, and those of `pathlib` double its length.
     name = _unique_name()
-    draft, mail = path / "tmp" / name, path / "new" / name
+    draft, mail = f"{path}/tmp/{name}", f"{path}/new/{name}"  # noqa: S108  # not the system's /tmp
     try:
-        with draft.open("xb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(mail)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for piece in _pieces(head, content):
+                _write(descriptor, piece)
+            flush(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(draft, mail)  # noqa: PTH104
     except OSError:
         with suppress(OSError):
-            draft.unlink()
+            os.unlink(draft)  # noqa: PTH108
         raise
     return mail
+
+
+def _pieces(head: bytes, content: bytes) -> Iterator[bytes]:
+    """Yield what is to be stored, in pieces, since a mail may be large."""
+    begin = 0
+    while True:
+        end = begin + _PIECE
+        end += content[end - 1 : end + 1] == b"\r\n"
+        yield head + content[begin:end].replace(b"\r\n", b"\n")
+        if end >= len(content):
+            break
+        head, begin = b"", end
+
+
+def _write(descriptor: int, piece: bytes) -> None:
+    """Write all of *piece*; the system may take less at once."""
+    while piece:
+        piece = piece[os.write(descriptor, piece) :]
 
 
 def _unique_name() -> str:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _HEADER_OCTETS = 1024 * 1024
 _SUBJECT_OCTETS = 8 * 1024
 
+# RFC 5321, section 4.5.3.1.6, without the CRLF.
+LINE_OCTETS = 998
+
 # RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds count.
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)(?:\n|\Z)")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
@@ -74,12 +77,11 @@ class Message:
             "subject": printable(self.subject),
         }
 
-    def stored(self) -> tuple[bytes, bytes]:
-        """Return the two parts of the file in a Maildir: the envelope's fields, and the mail.
+    def envelope_fields(self) -> bytes:
+        """Return the envelope as header fields, to stand at the top of the stored mail.
 
-        The fields come first, so that no field of the mail can hide them. The mail is the content
-        with CRLF turned into LF, and nothing else changed. Where it begins with white space, the
-        fields end with an empty line: the beginning would continue the last of them.
+        There no field of the mail can hide them. Where the mail begins with white space, they end
+        with an empty line: its beginning would continue the last of them.
         """
         fields = (
             ("X-Peer", str(self.peer)),
@@ -88,7 +90,23 @@ class Message:
         )
         end = "\n" if self.content.startswith((b" ", b"\t")) else ""
         head = "".join(f"{name}: {_encoded(value)}\n" for name, value in fields) + end
-        return head.encode("ascii"), self.content.replace(b"\r\n", b"\n")
+        return head.encode("ascii")
+
+    def longest_line(self) -> int:
+        """Return the octets of the longest line, without its CRLF, if that is over 998; else 0.
+
+        Other servers may refuse such a line (RFC 5321, section 4.5.3.1.6).
+        """
+        longest = begin = 0
+        while begin < len(self.content):
+            # As many lines as fit into the limit are passed over at once.
+            end = self.content.rfind(b"\r\n", begin, begin + LINE_OCTETS + 2)
+            if end < 0:
+                end = self.content.find(b"\r\n", begin)
+                end = len(self.content) if end < 0 else end
+                longest = max(longest, end - begin)
+            begin = end + 2
+        return longest if longest > LINE_OCTETS else 0
 
 
 def endpoint(address: Any) -> str:

@@ -5,12 +5,14 @@ import errno
 import logging
 import mailbox
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -83,6 +85,17 @@ def test_a_mail_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     handle(DsmtpdHandler(), b"Subject: =?utf-8?q?caf=C3=A9=0A?=\r\n\r\n")
     assert caplog.messages == [r"127.0.0.1:1234: a@x -> b@x, c@x [café\n]"]
+
+
+def test_a_line_that_servers_may_refuse_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    long = b"x" * 999 + b"\r\n" + b"y" * 2000 + b"\r\n"
+    handle(DsmtpdHandler(), b"x" * 998 + b"\r\n")
+    assert handle(DsmtpdHandler(), long) == "250 OK"
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("dsmtpd", "WARNING")
+    assert caplog.messages == [
+        "127.0.0.1:1234: The longest line has 2000 octets; servers may refuse more than 998"
+    ]
 
 
 def test_nothing_is_stored_without_a_maildir(
@@ -223,14 +236,14 @@ def test_a_fault_of_ours_is_answered_without_a_word_of_it(caplog: pytest.LogCapt
 
 
 class Gate:
-    """Stops a thread that passes through, until it is opened."""
+    """Stops the threads that pass through, until it is opened."""
 
     def __init__(self) -> None:
-        self.reached = threading.Event()
+        self.reached: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.opened = threading.Event()
 
     def pass_through(self) -> None:
-        self.reached.set()
+        self.reached.put(None)
         assert self.opened.wait(PATIENCE)
 
 
@@ -241,16 +254,40 @@ def test_a_slow_disk_keeps_no_other_session_waiting(
     monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
     with (
         Listener(DsmtpdHandler(tmp_path), FREE) as listener,
-        connect(listener.port) as busy,
+        ExitStack() as clients,
         connect(listener.port) as other,
     ):
-        begin_data(busy)
-        busy.send(b".\r\n")
-        assert gate.reached.wait(PATIENCE)
+        busy = [clients.enter_context(connect(listener.port)) for _ in range(10)]
+        for client in busy:
+            begin_data(client)
+            client.send(b".\r\n")
+        gate.reached.get(timeout=PATIENCE)
         assert other.noop()[0] == 250
         assert list((tmp_path / "new").iterdir()) == []
         gate.opened.set()
-        assert busy.getreply() == (250, b"OK")
+        assert [client.getreply() for client in busy] == [(250, b"OK")] * 10
+
+
+def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_flushed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [0.2, 0.0002, 0.00005, 0.2, 0.0, 0.0]
+    threads: list[threading.Thread] = []
+    now = 0.0
+
+    def fsync(_: int) -> None:
+        nonlocal now
+        now += seconds[len(threads)]
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
+        for _ in seconds:
+            client.sendmail("a@x", ["b@x"], MAIL)
+    in_loop = [not thread.name.startswith("delivery") for thread in threads]
+    assert in_loop == [False, False, False, True, False, True]
+    assert len(stored(tmp_path)) == 6
 
 
 def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
@@ -283,7 +320,7 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
         idle, client = connect(listener.port), connect(listener.port)
         begin_data(client)
         client.send(b".\r\n")
-        assert gate.reached.wait(PATIENCE)
+        gate.reached.get(timeout=PATIENCE)
         client.close()
         leaving = pool.submit(block.close)
         assert idle.getreply()[0] == 421

@@ -10,6 +10,7 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +20,6 @@ from tests.tools import PATIENCE, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -125,9 +125,48 @@ def test_new_and_read_mails_are_counted_and_nothing_else(maildir: Path) -> None:
 
 
 def test_a_delivered_mail_is_in_new_with_all_its_bytes(maildir: Path) -> None:
-    path = deliver(str(maildir), [b"X: y\n", b"\n\x00\xff\r\nbody"])
-    assert path.parent == maildir / "new"
-    assert stored(maildir) == [b"X: y\n\n\x00\xff\r\nbody"]
+    path = deliver(maildir, b"X: y\r\n", b"\n\x00\xffbody")
+    assert Path(path).parent == maildir / "new"
+    assert stored(maildir) == [b"X: y\r\n\n\x00\xffbody"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no header at all",
+        b"Subject:  odd \r\n\t \r\n   folding\r\n\r\n",
+        b"\r\nonly a body\r\n",
+        b"Subject: no blank line\r\nbody\r\n",
+        b"Subject: caf\xe9\r\n\r\n\xff\xfe\x00\r\n",
+        b'Content-Type: multipart/signed; boundary="a b"\r\n\r\n--a b\r\nunclosed \t\r\n',
+        b"bare\nline feeds\rand\r\rreturns\r\r\n",
+        b"From a@x Mon Jan  1 00:00:00 2026\r\nSubject: mbox\r\n\r\n",
+    ],
+)
+def test_only_the_line_ends_of_the_content_change(maildir: Path, content: bytes) -> None:
+    deliver(maildir, b"head\n", content)
+    assert stored(maildir) == [b"head\n" + content.replace(b"\r\n", b"\n")]
+
+
+@pytest.mark.parametrize("middle", [b"\r\n", b"\r\r\n", b"\r\n\n", b"\r\n\r\n", b"\n\r", b"xxxx"])
+@pytest.mark.parametrize("shift", range(5))
+def test_a_mail_that_is_written_in_several_pieces_is_whole(
+    maildir: Path, middle: bytes, shift: int
+) -> None:
+    # Pieces of 256 KiB: the middle lies across the end of one.
+    content = b"x" * (256 * 1024 - shift) + middle + b"y" * 300_000
+    deliver(maildir, b"head\n", content)
+    assert stored(maildir) == [b"head\n" + content.replace(b"\r\n", b"\n")]
+
+
+def test_a_mail_is_whole_even_if_the_system_takes_it_bit_by_bit(
+    maildir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    deliver(maildir, b"head", b"content")
+    assert stored(maildir) == [b"headcontent"]
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0, 0o666)])
@@ -135,11 +174,11 @@ def test_the_mode_of_a_mail_follows_the_umask(
     maildir: Path, umask: Callable[[int], int], mask: int, expected: int
 ) -> None:
     umask(mask)
-    assert mode(deliver(maildir, [b"x"])) == expected
+    assert mode(Path(deliver(maildir, b"", b"x"))) == expected
 
 
 def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(maildir: Path) -> None:
-    names = [deliver(maildir, [b"x"]).name for _ in range(20)]
+    names = [Path(deliver(maildir, b"", b"x")).name for _ in range(20)]
     assert names == sorted(names)
     assert all(re.fullmatch(r"\d+\.M\d{6}P\d+R[0-9a-f]{8}Q\d+\.[^/:]+", name) for name in names)
     assert len(mailbox.Maildir(maildir, create=False)) == 20
@@ -150,65 +189,53 @@ def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
     monkeypatch.setattr(socket, "gethostname", lambda: "a/b:c")
-    names = {deliver(maildir, [b"x"]).name for _ in range(2)}
+    names = {Path(deliver(maildir, b"", b"x")).name for _ in range(2)}
     assert len(names) == 2
     form = rf"1700000000\.M000005P{os.getpid()}R[0-9a-f]{{8}}Q\d+\.a\\057b\\072c"
     assert all(re.fullmatch(form, name) for name in names)
 
 
-def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(maildir: Path) -> None:
     seen: list[tuple[int, list[Path]]] = []
-    sync = os.fsync
 
-    def fsync(fd: int) -> None:
+    def flush(fd: int) -> None:
         seen.append((os.fstat(fd).st_size, list((maildir / "new").iterdir())))
-        sync(fd)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    deliver(maildir, [b"head", b"body"])
+    deliver(maildir, b"head", b"body", flush)
     assert seen == [(8, [])]
 
 
 @pytest.mark.parametrize("gone", [".", "tmp", "new"])
 def test_a_maildir_that_was_removed_is_made_again(maildir: Path, gone: str) -> None:
     shutil.rmtree(maildir / gone)
-    deliver(maildir, [b"x"])
+    deliver(maildir, b"", b"x")
     assert is_maildir(maildir)
     assert stored(maildir) == [b"x"]
 
 
-def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(maildir: Path) -> None:
     removals = iter([maildir])
 
-    def fsync(_: int) -> None:
+    def flush(_: int) -> None:
         for path in removals:
             shutil.rmtree(path)
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    deliver(maildir, [b"x"])
+    deliver(maildir, b"", b"x", flush)
     assert stored(maildir) == [b"x"]
 
 
-def test_a_failed_delivery_leaves_nothing_behind(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_delivery_leaves_nothing_behind(maildir: Path) -> None:
     tries = []
 
-    def fsync(fd: int) -> None:
+    def flush(fd: int) -> None:
         tries.append(fd)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left"):
-            deliver(maildir, [b"x"])
+    with pytest.raises(OSError, match="No space left"):
+        deliver(maildir, b"", b"x", flush)
     assert len(tries) == 1
     assert stored(maildir) == []
-    deliver(maildir, [b"y"])
+    deliver(maildir, b"", b"y")
     assert stored(maildir) == [b"y"]
 
 
@@ -216,10 +243,9 @@ def test_the_first_of_two_failures_is_told(maildir: Path, monkeypatch: pytest.Mo
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
     monkeypatch.setattr(os, "unlink", lambda _: fail(errno.EROFS))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        deliver(maildir, [b"x"])
+        deliver(maildir, b"", b"x", lambda _: fail(errno.EIO))
 
 
 def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Path) -> None:
@@ -228,7 +254,7 @@ def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Path) -> Non
     def work(worker: int) -> None:
         together.wait(PATIENCE)
         for number in range(25):
-            deliver(maildir, [b"%d %d" % (worker, number)])
+            deliver(maildir, b"", b"%d %d" % (worker, number))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
