@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import signal
 import time
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Sequence
 
     from dsmtpd.message import Envelope
@@ -41,8 +41,10 @@ LOGGERNAME = "dsmtpd"
 
 log = logging.getLogger(LOGGERNAME)
 
-# Seconds. No disk flushes a file so quickly, and no thread is told to do it: only memory does.
-_AT_ONCE = 100e-6
+# A mail of so many octets is stored in the event loop, without a thread, as long as that has last
+# taken less than so many seconds: memory is as quick, and hardly a disk.
+_SMALL = 256 * 1024
+_AT_ONCE = 200e-6
 
 
 class DsmtpdHandler:
@@ -65,45 +67,45 @@ class DsmtpdHandler:
         (RFC 5321, section 4.2.1): the sender is to keep the mail and to try again.
         """
         message = Message.from_envelope(session.peer, envelope)
-        summary = message.summary()
-        log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
-        if longest := message.longest_line():
-            log.warning(
-                "%s: The longest line has %d octets; servers may refuse more than %d",
-                summary["peer"],
-                longest,
-                LINE_OCTETS,
-            )
-        if self.maildir is None:
-            return "250 OK"
-        if self._at_once:
-            return self._store(self.maildir, message)
-        # In a thread, for a slow disk must not keep the other sessions waiting; shielded, for what
-        # has been shown is to be stored even if the client does not wait for it.
-        loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(None, self._store, self.maildir, message))
+        _show(message)
+        return "250 OK" if self.maildir is None else await self._deliver(self.maildir, message)
 
     async def handle_exception(self, error: Exception) -> str:
         """Log *error*, which is a fault of ours, and tell the client nothing of it."""
         log.error("Internal error: %r", error)
         return "451 4.3.0 Internal error"
 
+    async def _deliver(self, maildir: str | os.PathLike[str], message: Message) -> str:
+        """Store *message* in *maildir*, where it keeps nobody waiting; return the reply."""
+        if self._at_once and len(message.content) <= _SMALL:
+            return self._store(maildir, message)
+        # In a thread, for a slow disk must not keep the other sessions waiting; shielded, for what
+        # has been shown is to be stored even if the client does not wait for it.
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(None, self._store, maildir, message))
+
     def _store(self, maildir: str | os.PathLike[str], message: Message) -> str:
         """Store *message* in *maildir*; return the reply to its sender."""
+        begin = time.perf_counter()
         try:
-            deliver(maildir, message.envelope_fields(), message.content, self._flush)
+            deliver(maildir, message.envelope_fields(), message.content)
         except OSError as error:
             reason = _reason(maildir, error)
             log.error("%s", printable(f"Cannot store a mail in {maildir}: {reason}"))
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
+        finally:
+            self._at_once = time.perf_counter() - begin < _AT_ONCE
         return "250 OK"
 
-    def _flush(self, descriptor: int) -> None:
-        """Flush a file to the disk, and note whether that makes anybody wait."""
-        begin = time.perf_counter()
-        os.fsync(descriptor)
-        self._at_once = time.perf_counter() - begin < _AT_ONCE
+
+def _show(message: Message) -> None:
+    """Log *message* in one line, and what other servers may not like in another."""
+    summary = message.summary()
+    log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
+    if longest := message.longest_line():
+        line = "%s: The longest line has %d octets; servers may refuse more than %d"
+        log.warning(line, summary["peer"], longest, LINE_OCTETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,9 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from contextlib import suppress
 
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
+
+
+class Formatter(logging.Formatter):
+    """Formats records as `logging` does, but asks for the local time only once a second."""
+
+    def __init__(self) -> None:
+        """Take the format that all records have."""
+        super().__init__(FORMAT)
+        self._second, self._time = -1, ""
+
+    def formatTime(self, record: logging.LogRecord, _datefmt: str | None = None) -> str:
+        """Return the local time of *record*, with milliseconds."""
+        if int(record.created) != self._second:
+            self._second = int(record.created)
+            self._time = time.strftime(self.default_time_format, time.localtime(record.created))
+        return f"{self._time},{int(record.msecs):03}"
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] before 3.11
@@ -42,6 +59,8 @@ def configure() -> None:
     # Logging HOWTO has these names, even the private one.
     for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
         setattr(logging, name, None)
-    logging.basicConfig(format=FORMAT, level=logging.INFO, handlers=[StderrHandler()])
+    handler = StderrHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # aiosmtpd tells every command, and its warnings quote the client's bytes as they came.
     logging.getLogger("mail.log").setLevel(logging.ERROR)

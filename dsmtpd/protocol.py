@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import aiosmtpd.smtp
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from typing_extensions import Self
 
+    Command = Callable[[str | None], Awaitable[None]]
+
 # The most that is read from a socket at once. Twice as much may lie unread before a client waits.
-_INPUT = 256 * 1024
+_READ = 256 * 1024
 
 # RFC 5321, section 4.1.1.4: a dot alone on its line. Where a bare CR or LF may end that line, mails
 # can be smuggled in (CVE-2024-27305).
@@ -26,18 +28,25 @@ _END_OF_DATA = b"\r\n.\r\n"
 # As many as aiosmtpd takes. What sends more is no SMTP client.
 _UNKNOWN_COMMANDS = 5
 
-# `<local@domain>`, both made of plain atoms, and parameters. What begins with `=?` may be an
-# encoded word, and what begins with `(` is a comment: they are for the full parser.
+# `<local@domain>`, both made of plain atoms. What begins with `=?` may be an encoded word, and a
+# parameter that begins with `(` is a comment: they are for the full parser.
 _ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 _DOT_ATOM = rf"(?!=\?){_ATOM}(?:\.{_ATOM})*"
-_PLAIN_PATH = re.compile(rf"<({_DOT_ATOM}@{_DOT_ATOM})> *([!-'*-~].*)?")
+_PATH = rf"<({_DOT_ATOM}@{_DOT_ATOM})>"
+_PLAIN_PATH = re.compile(rf"{_PATH} *([!-'*-~].*)?")
+_PLAIN_MAIL = re.compile(rf"FROM: *{_PATH}", re.IGNORECASE)
+_PLAIN_RCPT = re.compile(rf"TO: *{_PATH}", re.IGNORECASE)
+
+
+class _CommandError(Exception):
+    """A command cannot be carried out; the text is the reply."""
 
 
 class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     """A quick session, which a stopping server can end without losing a mail that it holds.
 
     What it replaces of aiosmtpd's, public or private, is what every connection or every mail passes
-    through. It does without the PROXY protocol and without limits on the number of commands.
+    through. Of aiosmtpd's parameters it heeds those that `server` gives it.
     """
 
     # RFC 5321 (section 4.5.3.1.4) asks for 512 octets at least.
@@ -49,12 +58,13 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     _handler_coroutine: asyncio.Task[None]
 
     def __init__(self, handler: object, **parameters: Any) -> None:
-        """Take the parameters of aiosmtpd's `SMTP`; *handler* needs a `handle_DATA`."""
+        """Take *parameters* of aiosmtpd's `SMTP`; *handler* needs a `handle_DATA`."""
         super().__init__(handler, **parameters)
         self._encoding = (
             ("utf-8", "surrogateescape") if self.enable_SMTPUTF8 else ("ascii", "strict")
         )
-        self._input = memoryview(bytearray(_INPUT))
+        self._input = memoryview(bytearray(_READ))
+        self._hooked = not self._handle_hooks.keys().isdisjoint({"MAIL", "RCPT"})
         self._unknown_commands = 0
         self._delivering = self._ending = False
 
@@ -66,7 +76,7 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         """
         twin = copy.copy(self)
         # Only the streams are a connection's own; the rest comes with `connection_made`.
-        reader = asyncio.StreamReader(_INPUT, self.loop)
+        reader = asyncio.StreamReader(_READ, self.loop)
         connected = twin._cb_client_connected  # noqa: SLF001  # aiosmtpd's way to get at the streams
         asyncio.StreamReaderProtocol.__init__(twin, reader, connected, self.loop)
         return twin
@@ -101,12 +111,17 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self._heard = self.loop.time()
         await self.push(f"220 {self.hostname} {self.__ident__}")
         try:
-            while not self._ending:
+            while not self._ending and self._unknown_commands < _UNKNOWN_COMMANDS:
                 await self._answer(await self._command_line())
                 if self._unread:
                     await asyncio.sleep(0)  # The other sessions are to have their turn.
-        except asyncio.IncompleteReadError:  # The client has sent all that it wanted to.
-            self._writer.close()
+        except (asyncio.IncompleteReadError, asyncio.CancelledError):
+            # The client has said its last, or the connection has ended. A task that ends cancelled
+            # would keep what has come of a mail, by its traceback.
+            pass
+        finally:
+            if not self._ending:
+                self._writer.close()
 
     @property
     def _unread(self) -> bytearray:
@@ -114,54 +129,48 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         return self._reader._buffer  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001
 
     async def _command_line(self) -> bytes:
-        """Return the next line without its end, or the beginning of one that is far too long."""
-        line = chunk = await self._chunk(b"\n")
-        while not chunk.endswith(b"\n"):
-            chunk = await self._chunk(b"\n")
+        """Return the next line without its end, or only the end of one that is far too long."""
+        line = b""
+        while not line.endswith(b"\n"):
+            try:
+                line += await self._reader.readuntil()
+            except asyncio.LimitOverrunError as overrun:
+                line = await self._reader.read(overrun.consumed)
         return line.rstrip(b"\r\n")
-
-    async def _chunk(self, end: bytes) -> bytes:
-        """Return what comes up to *end*, or a part of it when that is much."""
-        try:
-            return await self._reader.readuntil(end)
-        except asyncio.LimitOverrunError as overrun:
-            return await self._reader.read(overrun.consumed)
 
     async def _answer(self, line: bytes) -> None:
         """Carry out the command in *line* (RFC 5321, section 4.1.1), or refuse it."""
-        verb, _, argument = line.partition(b" ")
-        if len(line) > self.command_size_limit:
-            await self.push("500 Command line too long")
-        elif not verb.isalpha():
-            await self.push("500 Error: bad syntax")
-        elif method := getattr(self, f"smtp_{verb.decode().upper()}", None):
-            await self._carry_out(method, argument.strip())
-        else:
-            await self._reject(verb.decode())
-
-    async def _carry_out(
-        self, method: Callable[[str | None], Awaitable[None]], argument: bytes
-    ) -> None:
         try:
-            text = argument.decode(*self._encoding)
-        except UnicodeDecodeError:
-            await self.push("500 Error: strict ASCII mode")
-            return
-        try:
-            await method(text or None)
-        except asyncio.IncompleteReadError:
-            raise
-        except Exception as error:  # noqa: BLE001  # a hook's, which is not to end the session
+            method, argument = self._command(line)
+            await method(argument)
+        except _CommandError as error:
+            await self.push(str(error))
+        except Exception as error:
+            if isinstance(error, asyncio.IncompleteReadError) and self._reader.at_eof():
+                raise
+            # A hook's, which is not to end the session.
             await self.push(await self.handle_exception(error))
 
-    async def _reject(self, verb: str) -> None:
-        self._unknown_commands += 1
-        if self._unknown_commands < _UNKNOWN_COMMANDS:
-            await self.push(f'500 Error: command "{verb}" not recognized')
-        else:
-            await self.push("502 5.5.1 Too many unrecognized commands, goodbye.")
-            self._handler_coroutine.cancel()
-            self._writer.close()
+    def _command(self, line: bytes) -> tuple[Command, str | None]:
+        """Return what carries out the command in *line*, and its argument.
+
+        Raises `_CommandError` when there is no such command.
+        """
+        if len(line) > self.command_size_limit:
+            raise _CommandError("500 Command line too long")
+        verb, _, argument = line.partition(b" ")
+        if not verb.isalpha():
+            raise _CommandError("500 Error: bad syntax")
+        command = getattr(self, f"smtp_{verb.decode().upper()}", None)
+        if command is None:
+            self._unknown_commands += 1
+            if self._unknown_commands < _UNKNOWN_COMMANDS:
+                raise _CommandError(f'500 Error: command "{verb.decode()}" not recognized')
+            raise _CommandError("502 5.5.1 Too many unrecognized commands, goodbye.")
+        try:
+            return command, argument.strip().decode(*self._encoding) or None
+        except UnicodeDecodeError:
+            raise _CommandError("500 Error: strict ASCII mode") from None
 
     @aiosmtpd.smtp.syntax("EHLO hostname")
     async def smtp_EHLO(self, hostname: str | None) -> None:
@@ -181,6 +190,31 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
             lines.append("250-SMTPUTF8")
         await self.push("\r\n".join([*lines, "250 HELP"]))
 
+    @aiosmtpd.smtp.syntax("MAIL FROM: <address>", extended=" [SP <mail-parameters>]")
+    async def smtp_MAIL(self, arg: str | None) -> None:
+        """Take the reverse-path (RFC 5321, section 4.1.1.2)."""
+        if not self.envelope.mail_from and (address := self._plain(_PLAIN_MAIL, arg)):
+            self.envelope.mail_from = address
+            await self.push("250 OK")
+        else:
+            await super().smtp_MAIL(arg)
+
+    @aiosmtpd.smtp.syntax("RCPT TO: <address>", extended=" [SP <mail-parameters>]")
+    async def smtp_RCPT(self, arg: str | None) -> None:
+        """Take a recipient (RFC 5321, section 4.1.1.3)."""
+        if self.envelope.mail_from and (address := self._plain(_PLAIN_RCPT, arg)):
+            self.envelope.rcpt_tos.append(address)
+            await self.push("250 OK")
+        else:
+            await super().smtp_RCPT(arg)
+
+    def _plain(self, form: re.Pattern[str], arg: str | None) -> str | None:
+        """Return the address in *arg* if it has that *form* and aiosmtpd would only take it."""
+        if arg is None or not self.session.host_name or self._hooked:
+            return None
+        plain = form.fullmatch(arg)
+        return plain[1] if plain else None
+
     @aiosmtpd.smtp.syntax("DATA")
     async def smtp_DATA(self, argument: str | None) -> None:
         """Take a mail and hand it to the handler (RFC 5321, section 4.1.1.4)."""
@@ -194,6 +228,9 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
                 status = await self._delivered(await self._content())
             finally:
                 self._set_post_data_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
+            # Mails that have come together are replied to together: a client that is woken for each
+            # reply takes the processor from the mails of the others.
+            await asyncio.sleep(0)
             await self.push(status)
 
     async def _delivered(self, content: bytes | None) -> Any:
@@ -221,7 +258,10 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         chunks: list[bytes] = []
         size, chunk = 0, b""
         while not chunk.endswith(_END_OF_DATA):
-            chunk = await self._chunk(_END_OF_DATA)
+            try:
+                chunk = await self._reader.readuntil(_END_OF_DATA)
+            except asyncio.LimitOverrunError as overrun:
+                chunk = await self._reader.read(overrun.consumed)
             size += len(chunk)
             if size <= most:
                 chunks.append(chunk)
@@ -268,9 +308,13 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         if plain := _PLAIN_PATH.fullmatch(arg):
             return plain[1], plain[2] or ""
         address: tuple[str | None, str | None] = None, None
-        with suppress(AttributeError, IndexError, UnboundLocalError):
+        with suppress(AttributeError, IndexError, RecursionError, UnboundLocalError):
             address = super()._getaddr(arg)
         return address
+
+    def _getparams(self, params: Sequence[str]) -> dict[str, str | bool] | None:
+        # Private. It takes what Unicode calls a digit for one: `SIZE=²`.
+        return super()._getparams(params) if "".join(params).isascii() else None
 
 
 def _unstuffed(chunks: list[bytes]) -> bytes:

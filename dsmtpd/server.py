@@ -133,6 +133,10 @@ class _Controller(UnthreadedController):
 
     async def drain(self) -> None:
         """Stop listening, end all sessions, and wait for the deliveries that have begun."""
+        for listening in self.server.sockets:
+            self.loop.remove_reader(listening.fileno())
+        for _ in range(2):  # What has just been accepted takes so many turns to become a session.
+            await asyncio.sleep(0)
         self.server.close()
         await asyncio.gather(*(session.hang_up() for session in self._sessions))
         # What a handler has begun, or a connection that was being accepted.

@@ -268,26 +268,36 @@ def test_a_slow_disk_keeps_no_other_session_waiting(
         assert [client.getreply() for client in busy] == [(250, b"OK")] * 10
 
 
-def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_flushed_at_once(
+def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = [0.2, 0.0002, 0.00005, 0.2, 0.0, 0.0]
+    # Of each mail: the seconds that it takes, its octets, and whether the event loop stores it.
+    mails = [
+        (0.2, 10, False),
+        (0.0003, 10, False),
+        (0.0001, 10, False),
+        (0.2, 10, True),
+        (0.0, 10, False),
+        (0.0, 10, True),
+        (0.0, 300_000, False),
+        (0.0, 10, True),
+    ]
     threads: list[threading.Thread] = []
     now = 0.0
 
     def fsync(_: int) -> None:
         nonlocal now
-        now += seconds[len(threads)]
+        now += mails[len(threads)][0]
         threads.append(threading.current_thread())
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(os, "fsync", fsync)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
-        for _ in seconds:
-            client.sendmail("a@x", ["b@x"], MAIL)
+        for _, octets, _ in mails:
+            client.sendmail("a@x", ["b@x"], b"x" * octets)
     in_loop = [not thread.name.startswith("delivery") for thread in threads]
-    assert in_loop == [False, False, False, True, False, True]
-    assert len(stored(tmp_path)) == 6
+    assert in_loop == [mail[2] for mail in mails]
+    assert len(stored(tmp_path)) == len(mails)
 
 
 def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(

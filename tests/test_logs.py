@@ -43,6 +43,14 @@ def test_a_record_is_a_line_with_the_time_and_the_level(
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO: Hello, é\n", line)
 
 
+def test_the_time_of_a_record_is_that_of_logging_also_within_a_second() -> None:
+    ours, theirs = logs.Formatter(), logging.Formatter(logs.FORMAT)
+    for created in (0.0, 0.001, 0.9996, 1e9, 1e9 + 0.5, 1e9 + 0.999, 1e9 + 1, 1e9):
+        line = record("Hello")
+        line.created, line.msecs = created, created % 1 * 1000
+        assert ours.format(line) == theirs.format(line)
+
+
 def test_aiosmtpd_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with root():
         logs.configure()

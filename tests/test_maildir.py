@@ -149,6 +149,19 @@ def test_only_the_line_ends_of_the_content_change(maildir: Path, content: bytes)
     assert stored(maildir) == [b"head\n" + content.replace(b"\r\n", b"\n")]
 
 
+def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mails").mkdir()
+    (entry,) = os.scandir()
+    for path in ("", ".", entry, "mails/", str(tmp_path)):
+        ensure_maildir(path)
+        deliver(path, b"", b"x")
+    assert stored(tmp_path) == [b"x"] * 3
+    assert stored(tmp_path / "mails") == [b"x"] * 2
+
+
 @pytest.mark.parametrize("middle", [b"\r\n", b"\r\r\n", b"\r\n\n", b"\r\n\r\n", b"\n\r", b"xxxx"])
 @pytest.mark.parametrize("shift", range(5))
 def test_a_mail_that_is_written_in_several_pieces_is_whole(
@@ -195,13 +208,16 @@ def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
     assert all(re.fullmatch(form, name) for name in names)
 
 
-def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(maildir: Path) -> None:
+def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
+    maildir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, list[Path]]] = []
 
-    def flush(fd: int) -> None:
+    def fsync(fd: int) -> None:
         seen.append((os.fstat(fd).st_size, list((maildir / "new").iterdir())))
 
-    deliver(maildir, b"head", b"body", flush)
+    monkeypatch.setattr(os, "fsync", fsync)
+    deliver(maildir, b"head", b"body")
     assert seen == [(8, [])]
 
 
@@ -213,26 +229,33 @@ def test_a_maildir_that_was_removed_is_made_again(maildir: Path, gone: str) -> N
     assert stored(maildir) == [b"x"]
 
 
-def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(maildir: Path) -> None:
+def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
+    maildir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     removals = iter([maildir])
 
-    def flush(_: int) -> None:
+    def fsync(_: int) -> None:
         for path in removals:
             shutil.rmtree(path)
 
-    deliver(maildir, b"", b"x", flush)
+    monkeypatch.setattr(os, "fsync", fsync)
+    deliver(maildir, b"", b"x")
     assert stored(maildir) == [b"x"]
 
 
-def test_a_failed_delivery_leaves_nothing_behind(maildir: Path) -> None:
+def test_a_failed_delivery_leaves_nothing_behind(
+    maildir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tries = []
 
-    def flush(fd: int) -> None:
+    def fsync(fd: int) -> None:
         tries.append(fd)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(OSError, match="No space left"):
-        deliver(maildir, b"", b"x", flush)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            deliver(maildir, b"", b"x")
     assert len(tries) == 1
     assert stored(maildir) == []
     deliver(maildir, b"", b"y")
@@ -243,9 +266,10 @@ def test_the_first_of_two_failures_is_told(maildir: Path, monkeypatch: pytest.Mo
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
     monkeypatch.setattr(os, "unlink", lambda _: fail(errno.EROFS))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        deliver(maildir, b"", b"x", lambda _: fail(errno.EIO))
+        deliver(maildir, b"", b"x")
 
 
 def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import smtplib
 import socket
 import tracemalloc
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from dsmtpd.options import Options
 from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, troubles
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -188,7 +189,7 @@ def test_the_null_reverse_path_is_kept() -> None:
     assert handler.envelopes[0].mail_from == "<>"
 
 
-@pytest.mark.parametrize("address", ["<", "a@", "<@[\t", "<@a:>"])
+@pytest.mark.parametrize("address", ["<", "a@", "<@[\t", "<@a:>", "(" * 980])
 def test_a_malformed_address_is_refused_and_the_session_goes_on(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +199,12 @@ def test_a_malformed_address_is_refused_and_the_session_goes_on(
         client.mail("a@example.com")
         assert client.docmd(f"RCPT TO:{address}") == (553, b"5.1.3 Error: malformed address")
         assert client.rcpt("b@example.com")[0] == 250
+    assert troubles(caplog) == []
+
+
+def test_a_size_that_is_no_number_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    octets = "EHLO x\r\nMAIL FROM:<a@x> SIZE=²\r\n".encode()
+    assert codes(converse([octets], Handler()))[-1] == 501
     assert troubles(caplog) == []
 
 
@@ -359,6 +366,24 @@ def test_what_is_over_the_limit_takes_no_memory() -> None:
         assert client.noop()[0] == 250
 
 
+def test_an_upload_that_breaks_off_leaves_nothing_in_memory() -> None:
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with Listener(Handler(), FREE) as listener, connect(listener.port) as other:
+            for _ in range(20):
+                client = connect(listener.port)
+                begin_data(client)
+                client.send(bytes(1_000_000))
+                other.noop()
+                reset(client)
+                other.noop()
+            assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
 def test_what_a_client_sends_before_it_closes_its_half_is_carried_out_and_answered() -> None:
     handler = Handler()
     replies = converse([b"HELO x\r\n" + BEGIN + b".\r\nNOOP\r\nQUI"], handler)
@@ -390,29 +415,75 @@ def test_a_command_line_that_is_too_long_is_refused_once(octets: int) -> None:
 
 
 def test_commands_out_of_order_are_refused() -> None:
-    pieces = [b"DATA\r\nHELO x\r\nDATA\r\n", BEGIN[:-2] + b" x\r\n"]
-    assert codes(converse(pieces, Handler())) == [220, 503, 250, 503, 250, 250, 501]
+    before = [BEGIN, b"HELO x\r\nRCPT TO:<b@x>\r\nDATA\r\n"]
+    assert codes(converse(before, Handler())) == [220, 503, 503, 503, 250, 503, 503]
+    within = [b"HELO x\r\nMAIL FROM:<a@x>\r\nMAIL FROM:<c@x>\r\nRCPT TO:<b@x>\r\nDATA x\r\n"]
+    assert codes(converse(within, Handler())) == [220, 250, 250, 503, 250, 501]
 
 
-class Refusing:
-    """A handler that fails at the first mail."""
+class Choosy(Handler):
+    """A handler that has a say in addresses."""
 
-    def __init__(self) -> None:
-        self.mails = 0
+    async def handle_MAIL(
+        self, _server: object, _session: object, envelope: Any, address: str, _options: list[str]
+    ) -> str:
+        envelope.mail_from = address.upper()
+        return "250 As you like"
+
+    async def handle_RCPT(
+        self, _server: object, _session: object, envelope: Any, address: str, _options: list[str]
+    ) -> str:
+        if address.startswith("b@"):
+            return "550 Nobody"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+
+def test_the_hooks_of_a_handler_have_their_say() -> None:
+    handler = Choosy()
+    commands = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x>\r\nDATA\r\n.\r\n"
+    replies = converse([b"HELO x\r\n", commands], handler)
+    assert codes(replies) == [220, 250, 250, 550, 250, 354, 250]
+    assert (handler.envelopes[0].mail_from, handler.envelopes[0].rcpt_tos) == ("A@X", ["c@x"])
+
+
+class Failing:
+    """A handler that fails at the first mail, and then perhaps at telling so."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
 
     async def handle_DATA(self, *_: object) -> str:
-        self.mails += 1
-        if self.mails == 1:
-            raise ZeroDivisionError
+        if self.errors:
+            raise self.errors.pop(0)
         return "250 OK"
 
     async def handle_exception(self, error: Exception) -> str:
+        if self.errors:
+            raise self.errors.pop(0)
         return f"451 {error!r}"
 
 
-def test_after_a_mail_that_the_handler_fails_at_the_next_one_is_taken() -> None:
-    replies = converse([b"HELO x\r\n", (BEGIN + b".\r\n") * 2], Refusing())
-    assert codes(replies) == [220, 250, 250, 250, 354, 451, 250, 250, 354, 250]
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), ConnectionResetError(), asyncio.IncompleteReadError(b"", 1)]
+)
+def test_after_a_mail_that_the_handler_fails_at_the_next_one_is_taken(error: Exception) -> None:
+    handler = Failing(error)
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        client.helo()
+        for code in (451, 250):
+            client.mail("a@x")
+            client.rcpt("b@x")
+            assert client.data(MAIL)[0] == code
+
+
+def test_a_session_whose_failure_cannot_be_handled_ends() -> None:
+    handler = Failing(KeyError("first"), KeyError("then"))
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        begin_data(client)
+        client.send(b".\r\n")
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            client.getreply()
 
 
 def test_sessions_share_nothing_that_a_client_says() -> None:
@@ -557,6 +628,39 @@ PARSER = SMTP(Handler(), hostname="server.test", loop=LOOP)
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_is_what_the_full_parser_says(address: str) -> None:
     assert ours(address) == full(address)
+
+
+class Indifferent(Handler):
+    """A handler with a hook, so that aiosmtpd carries MAIL and RCPT out, that changes nothing."""
+
+    async def handle_MAIL(self, *_: object) -> object:
+        return aiosmtpd.smtp.MISSING
+
+    handle_RCPT = handle_MAIL
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "<a@x>",
+        " <a@x>",
+        "  <a@x> ",
+        "\t<a@x>",
+        "<a@x> SIZE=9",
+        "<a@x>SIZE=9",
+        "<>",
+        "a@x",
+        "<a@x",
+        "",
+    ],
+)
+@pytest.mark.parametrize("keyword", ["FROM:", "from:", "From:", "FROM", "TO:", "to:", "To:", ""])
+def test_a_path_is_taken_as_aiosmtpd_takes_it(keyword: str, path: str) -> None:
+    commands = f"MAIL {keyword}{path}\r\nRSET\r\nMAIL FROM:<c@x>\r\nRCPT {keyword}{path}\r\n"
+    octets = f"EHLO x\r\n{commands}RCPT TO:<d@x>\r\nDATA\r\n.\r\n".encode()
+    ours, theirs = Handler(), Indifferent()
+    assert converse([octets], ours) == converse([octets], theirs)
+    assert ours.envelopes[0].rcpt_tos == theirs.envelopes[0].rcpt_tos
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)

@@ -5,7 +5,6 @@ import gc
 import re
 import smtplib
 import socket
-import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ import pytest
 from dsmtpd import __version__
 from dsmtpd.options import Options
 from dsmtpd.server import Listener, ListenError
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, send, troubles
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, send, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,6 +220,44 @@ def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> Non
     assert handler.contents == []
 
 
+class Blocking:
+    """A handler that stops the event loop at NOOP."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+
+    async def handle_NOOP(self, *_: object) -> str:
+        self.begun.set()
+        assert self.may_end.wait(PATIENCE)  # on purpose
+        return "250 OK"
+
+
+def test_a_client_that_connects_while_the_block_is_left_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Blocking()
+    run = asyncio.run_coroutine_threadsafe
+
+    def run_with_the_clients(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        future = run(coroutine, loop)
+        handler.may_end.set()
+        return future
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", run_with_the_clients)
+    with Listener(handler, FREE) as listener:
+        busy = connect(listener.port)
+        busy.putcmd("NOOP")
+        assert handler.begun.wait(PATIENCE)
+        new = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(5)]
+    for client in new:
+        client.settimeout(PATIENCE)
+        with client, client.makefile("rb") as replies:
+            assert [reply[:3] for reply in replies] == [b"220", b"421"]
+    busy.close()
+    assert troubles(caplog) == []
+
+
 class Talkative:
     """A handler with an answer to NOOP that fits into no buffer of the system."""
 
@@ -272,14 +309,6 @@ def test_leaving_the_block_cancels_what_a_handler_has_begun() -> None:
     with Listener(handler, FREE) as listener, connect(listener.port) as client:
         client.noop()
     assert [task.cancelled() for task in handler.begun] == [True]
-
-
-def reset(client: smtplib.SMTP) -> None:
-    """Break the connection of *client*: closing it with a linger time of 0 does."""
-    assert client.sock is not None
-    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.sock.close()
-    client.close()
 
 
 @pytest.mark.parametrize("begin", [lambda _client: None, begin_data], ids=["idle", "in DATA"])

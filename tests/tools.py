@@ -7,6 +7,8 @@ import os
 import queue
 import re
 import smtplib
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -50,6 +52,14 @@ def begin_data(client: smtplib.SMTP) -> None:
     client.mail("a@example.com")
     client.rcpt("b@example.com")
     assert client.docmd("DATA")[0] == 354
+
+
+def reset(client: smtplib.SMTP) -> None:
+    """Break the connection of *client*: closing it with a linger time of 0 does."""
+    assert client.sock is not None
+    client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.sock.close()
+    client.close()
 
 
 def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
