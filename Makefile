@@ -5,10 +5,12 @@
 # By default it is the one that mise or asdf offer here, else the python3 of the PATH.
 
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 PYTHON ?= $(shell mise which python3 2>/dev/null || asdf which python3 2>/dev/null || echo python3)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.install-timestamp
+BENCH_INSTALLED := $(BENCH_VENV)/.install-timestamp
 
 .DEFAULT_GOAL := help
 
@@ -50,6 +52,10 @@ format: $(INSTALLED) ## Format the code.
 typecheck: $(INSTALLED) ## Check the types.
 	$(BIN)/mypy
 
+.PHONY: bench
+bench: $(BENCH_INSTALLED) ## Measure speed and memory against other servers; ARGS holds its arguments.
+	$(BENCH_VENV)/bin/python benchmarks/bench.py $(ARGS)
+
 .PHONY: build
 build: $(INSTALLED) clean-build ## Build the source distribution and the wheel in dist/.
 	$(BIN)/python -m build
@@ -59,17 +65,24 @@ check-dist: build ## Build, and check that the package index will take and rende
 	$(BIN)/twine check --strict dist/*
 
 .PHONY: clean
-clean: clean-build clean-venv ## Remove what has been built, and the environment.
+clean: clean-build clean-venv ## Remove what has been built, and the environments.
 
 .PHONY: clean-build
 clean-build: ## Remove what has been built.
 	rm -rf build dist htmlcov .coverage
 
 .PHONY: clean-venv
-clean-venv: ## Remove the environment.
-	rm -rf $(VENV)
+clean-venv: ## Remove the environments.
+	rm -rf $(VENV) $(BENCH_VENV) benchmarks/.cache
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --editable .
+	touch $@
+
+# One of its own, in which the checkout is installed as users have it: in .venv, tools such as coverage
+# hook into the start of Python.
+$(BENCH_INSTALLED): pyproject.toml benchmarks/requirements.txt $(wildcard dsmtpd/*.py)
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt .
 	touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mailbox
 import os
 import socket
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import mailbox
     from collections.abc import Iterator
 
 FOLDERS = ("tmp", "new", "cur")
@@ -60,6 +60,8 @@ def create_maildir(
 
     Raises `mailbox.NoSuchMailboxError` when there is none and it is not to be made.
     """
+    import mailbox  # noqa: PLC0415  # it would delay every start, and only this needs it
+
     if create:
         ensure_maildir(path)
     maildir = mailbox.Maildir(path, create=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import io
 import re
 import sys
 from contextlib import suppress
@@ -32,10 +33,7 @@ _UNKNOWN_COMMANDS = 5
 # parameter that begins with `(` is a comment: they are for the full parser.
 _ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 _DOT_ATOM = rf"(?!=\?){_ATOM}(?:\.{_ATOM})*"
-_PATH = rf"<({_DOT_ATOM}@{_DOT_ATOM})>"
-_PLAIN_PATH = re.compile(rf"{_PATH} *([!-'*-~].*)?")
-_PLAIN_MAIL = re.compile(rf"FROM: *{_PATH}", re.IGNORECASE)
-_PLAIN_RCPT = re.compile(rf"TO: *{_PATH}", re.IGNORECASE)
+_PLAIN_PATH = re.compile(rf"<({_DOT_ATOM}@{_DOT_ATOM})> *([!-'*-~].*)?")
 
 
 class _CommandError(Exception):
@@ -193,7 +191,7 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     @aiosmtpd.smtp.syntax("MAIL FROM: <address>", extended=" [SP <mail-parameters>]")
     async def smtp_MAIL(self, arg: str | None) -> None:
         """Take the reverse-path (RFC 5321, section 4.1.1.2)."""
-        if not self.envelope.mail_from and (address := self._plain(_PLAIN_MAIL, arg)):
+        if not self.envelope.mail_from and (address := self._plain("FROM", arg)):
             self.envelope.mail_from = address
             await self.push("250 OK")
         else:
@@ -202,18 +200,19 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     @aiosmtpd.smtp.syntax("RCPT TO: <address>", extended=" [SP <mail-parameters>]")
     async def smtp_RCPT(self, arg: str | None) -> None:
         """Take a recipient (RFC 5321, section 4.1.1.3)."""
-        if self.envelope.mail_from and (address := self._plain(_PLAIN_RCPT, arg)):
+        if self.envelope.mail_from and (address := self._plain("TO", arg)):
             self.envelope.rcpt_tos.append(address)
             await self.push("250 OK")
         else:
             await super().smtp_RCPT(arg)
 
-    def _plain(self, form: re.Pattern[str], arg: str | None) -> str | None:
-        """Return the address in *arg* if it has that *form* and aiosmtpd would only take it."""
+    def _plain(self, keyword: str, arg: str | None) -> str | None:
+        """Return the address in *arg* if it is plain and aiosmtpd would do no more than take it."""
         if arg is None or not self.session.host_name or self._hooked:
             return None
-        plain = form.fullmatch(arg)
-        return plain[1] if plain else None
+        word, _, path = arg.partition(":")
+        plain = _PLAIN_PATH.fullmatch(path.lstrip(" ")) if word.upper() == keyword else None
+        return plain[1] if plain and not plain[2] else None
 
     @aiosmtpd.smtp.syntax("DATA")
     async def smtp_DATA(self, argument: str | None) -> None:
@@ -248,27 +247,29 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     async def _content(self) -> bytes | None:
         """Return the mail that comes, or None when it is over the size limit and thrown away.
 
-        What counts is the mail itself (RFC 1870, section 4): not the line end in front of it, not
-        the end of data, and not the stuffing, which makes it longer by a third at the most.
+        It is dot-unstuffed (RFC 5321, section 4.5.2). What counts is the mail itself (RFC 1870,
+        section 4): not the line end in front of it, not the end of data, and not the stuffing,
+        which makes it longer by a third at the most.
         """
         limit = self.data_size_limit or sys.maxsize
         most = limit + limit // 3 + len(_END_OF_DATA)
+        received, size, chunk = io.BytesIO(), 0, b""  # which grows without being copied
         # The end of the command's line may be the beginning of the end of data.
         self._unread[:0] = b"\r\n"
-        chunks: list[bytes] = []
-        size, chunk = 0, b""
         while not chunk.endswith(_END_OF_DATA):
             try:
                 chunk = await self._reader.readuntil(_END_OF_DATA)
             except asyncio.LimitOverrunError as overrun:
                 chunk = await self._reader.read(overrun.consumed)
+            received.write(chunk if size else chunk[2:])
             size += len(chunk)
-            if size <= most:
-                chunks.append(chunk)
-            else:
-                chunks.clear()
-        content = _unstuffed(chunks) if chunks else None
-        return None if content is None or len(content) > limit else content
+            if size > most:
+                received = io.BytesIO()
+        if size > most:
+            return None
+        received.truncate(received.tell() - len(b".\r\n"))
+        content = received.getvalue().removeprefix(b".").replace(b"\r\n.", b"\r\n")
+        return content if len(content) <= limit else None
 
     async def hang_up(self) -> None:
         """End the session, after the reply to a delivery that has begun.
@@ -315,15 +316,3 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     def _getparams(self, params: Sequence[str]) -> dict[str, str | bool] | None:
         # Private. It takes what Unicode calls a digit for one: `SIZE=²`.
         return super()._getparams(params) if "".join(params).isascii() else None
-
-
-def _unstuffed(chunks: list[bytes]) -> bytes:
-    """Return the mail in *chunks*, which are freed, dot-unstuffed (RFC 5321, section 4.5.2).
-
-    They begin with a line end, and end with the end of data.
-    """
-    chunks[-1] = chunks[-1].removesuffix(b".\r\n")
-    chunks[0] = chunks[0].removeprefix(b"\r\n").removeprefix(b".")
-    content = b"".join(chunks)
-    chunks.clear()
-    return content.replace(b"\r\n.", b"\r\n")
