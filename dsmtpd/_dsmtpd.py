@@ -118,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _stop_signals() as stopping:
             options = parse_args(argv)
-            handler, mails = _open_storage(options.directory)
+            with _storage(options.directory):
+                handler = DsmtpdHandler(options.directory)
             with Listener(handler, options) as listener:
-                _announce(options, listener.port, mails)
+                _announce(options, listener.port)
                 signal.sigwait(stopping)
     except (UsageError, ListenError) as error:
         log.error("%s", printable(str(error)))
@@ -150,28 +151,30 @@ def _stop_signals() -> Iterator[set[signal.Signals]]:
         raise
 
 
-def _open_storage(directory: str | None) -> tuple[DsmtpdHandler, int]:
-    """Return the handler that stores in *directory*, and how many mails are there already."""
-    if directory is None:
-        return DsmtpdHandler(), 0
+@contextmanager
+def _storage(directory: str | None) -> Iterator[None]:
+    """Turn what is wrong with *directory* into bad usage."""
     try:
-        return DsmtpdHandler(directory), count_mails(directory)
+        yield
     except OSError as error:
-        raise UsageError(
-            f"Cannot store mails in {directory}: {_reason(directory, error)}"
-        ) from error
+        reason = _reason(directory or "", error)
+        raise UsageError(f"Cannot store mails in {directory}: {reason}") from error
 
 
-def _announce(options: Options, port: int, mails: int) -> None:
+def _announce(options: Options, port: int) -> None:
     """Log that the server listens, and what it does with mails."""
     address = endpoint((options.interface, port))
     log.info(
         "Starting dsmtpd %s at %s size limit %s", __version__, address, options.max_size or None
     )
+    if options.directory is None:
+        return
+    # Not before it listens: a hundred thousand mails take as long as the start.
+    with _storage(options.directory):
+        mails = count_mails(options.directory)
     if mails:
         log.info("Found a Maildir storage with %d mails", mails)
-    if options.directory is not None:
-        log.info("Storing the incoming emails into %s", printable(options.directory))
+    log.info("Storing the incoming emails into %s", printable(options.directory))
 
 
 def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:

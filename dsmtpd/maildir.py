@@ -24,7 +24,7 @@ _FOLDER_MODE = 0o700
 _PIECE = 256 * 1024
 
 _count = count(1)
-_random = os.urandom(4).hex()
+_run = f"R{os.urandom(4).hex()}Q"
 
 
 def is_maildir(path: str | os.PathLike[str]) -> bool:
@@ -73,9 +73,9 @@ def create_maildir(
 
 
 def count_mails(path: str | os.PathLike[str]) -> int:
-    """Return how many mails the Maildir at *path* holds, read or not."""
+    """Return how many mails the Maildir at *path* holds, read or not, that are not of this run."""
     return sum(
-        not entry.name.startswith(".") and not entry.is_dir()
+        not entry.name.startswith(".") and _run not in entry.name and not entry.is_dir()
         for name in ("new", "cur")
         for entry in os.scandir(Path(path, name))
     )
@@ -144,4 +144,4 @@ def _unique_name() -> str:
     """
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
-    return f"{seconds}.M{nanoseconds // 1000:06}P{os.getpid()}R{_random}Q{next(_count)}.{host}"
+    return f"{seconds}.M{nanoseconds // 1000:06}P{os.getpid()}{_run}{next(_count)}.{host}"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Command = Callable[[str | None], Awaitable[None]]
 
-# The most that is read from a socket at once. Twice as much may lie unread before a client waits.
+# The most that is read from a socket at once. When twice as much lies unread, the client waits.
 _READ = 256 * 1024
 
 # RFC 5321, section 4.1.1.4: a dot alone on its line. Where a bare CR or LF may end that line, mails
@@ -43,8 +43,8 @@ class _CommandError(Exception):
 class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     """A quick session, which a stopping server can end without losing a mail that it holds.
 
-    What it replaces of aiosmtpd's, public or private, is what every connection or every mail passes
-    through. Of aiosmtpd's parameters it heeds those that `server` gives it.
+    It replaces what every connection or every mail passes through in aiosmtpd. Of aiosmtpd's
+    parameters it heeds those that `server` gives it.
     """
 
     # RFC 5321 (section 4.5.3.1.4) asks for 512 octets at least.
@@ -53,7 +53,14 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     session: aiosmtpd.smtp.Session
     envelope: aiosmtpd.smtp.Envelope
     transport: asyncio.Transport | None
-    _handler_coroutine: asyncio.Task[None]
+
+    # Private names of aiosmtpd. There are no public ones for the streams (`_reader`, `_writer`),
+    # the hooks of the handler (`_handle_hooks`, `_call_handler_hook`), the end of a transaction
+    # (`_set_rset_state`, `_set_post_data_state`) and the clock (`_timeout_cb`, `_timeout_duration`,
+    # `_timeout_handle`). `_handle_client` is replaced since it matches and logs each command
+    # several times, and forgets those before an end; `_getaddr` and `_getparams` for the reasons
+    # given there.
+    _handler_coroutine: asyncio.Task[None]  # It carries out the commands; see `hang_up`.
 
     def __init__(self, handler: object, **parameters: Any) -> None:
         """Take *parameters* of aiosmtpd's `SMTP`; *handler* needs a `handle_DATA`."""

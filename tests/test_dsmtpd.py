@@ -394,6 +394,28 @@ def test_main_takes_mails_until_a_signal(
 
 
 @pytest.mark.usefixtures("stopper")
+def test_an_empty_maildir_is_not_worth_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["-p", "0", "-d", str(tmp_path)]) == 0
+    assert not any("Found" in message for message in caplog.messages)
+    assert f"Storing the incoming emails into {tmp_path}" in caplog.messages
+
+
+def test_a_maildir_that_cannot_be_read_is_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scandir(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert main(["-p", "0", "-d", str(tmp_path)]) == 2
+    assert caplog.messages == [
+        f"Cannot store mails in {tmp_path}: Permission denied ({tmp_path}/new)"
+    ]
+
+
+@pytest.mark.usefixtures("stopper")
 def test_main_stores_nothing_unless_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -124,6 +124,14 @@ def test_new_and_read_mails_are_counted_and_nothing_else(maildir: Path) -> None:
     assert count_mails(maildir) == 3
 
 
+def test_mails_of_this_run_are_not_counted(maildir: Path) -> None:
+    deliver(maildir, b"", b"x")
+    (mail,) = (maildir / "new").iterdir()
+    assert count_mails(maildir) == 0
+    mail.rename(maildir / "cur" / f"{mail.name}:2,S")
+    assert count_mails(maildir) == 0
+
+
 def test_a_delivered_mail_is_in_new_with_all_its_bytes(maildir: Path) -> None:
     path = deliver(maildir, b"X: y\r\n", b"\n\x00\xffbody")
     assert Path(path).parent == maildir / "new"
