@@ -234,9 +234,6 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
                 status = await self._delivered(await self._content())
             finally:
                 self._set_post_data_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
-            # Mails that have come together are replied to together: a client that is woken for each
-            # reply takes the processor from the mails of the others.
-            await asyncio.sleep(0)
             await self.push(status)
 
     async def _delivered(self, content: bytes | None) -> Any:
@@ -246,10 +243,14 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self.envelope.content = self.envelope.original_content = content
         self._delivering = True
         try:
-            return await self._call_handler_hook("DATA")
+            status = await self._call_handler_hook("DATA")
+            # Mails that have come together are replied to together: a client that is woken for each
+            # reply takes the processor from the mails of the others.
+            await asyncio.sleep(0)
         finally:
             self._delivering = False
             self._heard = self.loop.time()
+        return status
 
     async def _content(self) -> bytes | None:
         """Return the mail that comes, or None when it is over the size limit and thrown away.

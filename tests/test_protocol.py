@@ -252,6 +252,24 @@ def test_a_session_that_is_hung_up_carries_out_nothing_more() -> None:
         first.close()
 
 
+class EndingAtData:
+    """A handler that has the session end as soon as it has taken a mail."""
+
+    async def handle_DATA(self, server: SMTP, *_: object) -> str:
+        self.ending = asyncio.create_task(server.hang_up())
+        return "250 OK"
+
+
+def test_a_mail_that_has_been_taken_is_acknowledged_before_the_session_ends() -> None:
+    with Listener(EndingAtData(), FREE) as listener:
+        client = connect(listener.port)
+        begin_data(client)
+        client.send(b".\r\n")
+        assert client.getreply() == (250, b"OK")
+        assert client.getreply()[0] == 421
+        client.close()
+
+
 def test_a_session_without_a_client_can_be_hung_up() -> None:
     async def hang_up() -> None:
         await SMTP(Handler(), hostname="x.test", loop=asyncio.get_running_loop()).hang_up()
