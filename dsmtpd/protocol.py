@@ -134,14 +134,18 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         return self._reader._buffer  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001
 
     async def _command_line(self) -> bytes:
-        """Return the next line without its end, or only the end of one that is far too long."""
-        line = b""
-        while not line.endswith(b"\n"):
-            try:
-                line += await self._reader.readuntil()
-            except asyncio.LimitOverrunError as overrun:
-                line = await self._reader.read(overrun.consumed)
+        """Return the next line without its end, or only the beginning of one that is too long."""
+        line = chunk = await self._chunk(b"\n")
+        while not chunk.endswith(b"\n"):
+            chunk = await self._chunk(b"\n")
         return line.rstrip(b"\r\n")
+
+    async def _chunk(self, end: bytes) -> bytes:
+        """Return what comes up to *end*, or a part of it when that is much."""
+        try:
+            return await self._reader.readuntil(end)
+        except asyncio.LimitOverrunError as overrun:
+            return await self._reader.read(overrun.consumed)
 
     async def _answer(self, line: bytes) -> None:
         """Carry out the command in *line* (RFC 5321, section 4.1.1), or refuse it."""
@@ -265,10 +269,7 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         # The end of the command's line may be the beginning of the end of data.
         self._unread[:0] = b"\r\n"
         while not chunk.endswith(_END_OF_DATA):
-            try:
-                chunk = await self._reader.readuntil(_END_OF_DATA)
-            except asyncio.LimitOverrunError as overrun:
-                chunk = await self._reader.read(overrun.consumed)
+            chunk = await self._chunk(_END_OF_DATA)
             received.write(chunk if size else chunk[2:])
             size += len(chunk)
             if size > most:

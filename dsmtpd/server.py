@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__package__)
 
-# At the same time.
+# So many deliveries may wait for the disk at the same time.
 _DELIVERIES = 32
 
-# Seconds.
+# Seconds that the event loop waits awake.
 _AWAKE = 100e-6
 
 
