@@ -16,6 +16,7 @@ from dsmtpd.maildir import count_mails, create_maildir, deliver, ensure_maildir,
 from dsmtpd.message import LINE_OCTETS, Message, endpoint, printable
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
+from dsmtpd.tls import TLSError, certificate
 
 if TYPE_CHECKING:
     import os
@@ -120,10 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse_args(argv)
             with _storage(options.directory):
                 handler = DsmtpdHandler(options.directory)
-            with Listener(handler, options) as listener:
-                _announce(options, listener.port)
+            with (
+                certificate(options) as shown,
+                Listener(handler, options, shown and shown.context) as listener,
+            ):
+                _announce(options, listener.port, shown and shown.ca)
                 signal.sigwait(stopping)
-    except (UsageError, ListenError) as error:
+    except (UsageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
     log.info("Cleaning up")
@@ -161,12 +165,18 @@ def _storage(directory: str | None) -> Iterator[None]:
         raise UsageError(f"Cannot store mails in {directory}: {reason}") from error
 
 
-def _announce(options: Options, port: int) -> None:
-    """Log that the server listens, and what it does with mails."""
+def _announce(options: Options, port: int, ca: str | None) -> None:
+    """Log that the server listens, what it shows to clients, and what it does with mails."""
     address = endpoint((options.interface, port))
     log.info(
         "Starting dsmtpd %s at %s size limit %s", __version__, address, options.max_size or None
     )
+    if options.tls is not None:
+        way = "by STARTTLS" if options.tls == "starttls" else "from the first byte"
+        shown = (
+            f"a certificate of the CA in {ca}" if ca else f"the certificate in {options.tls_cert}"
+        )
+        log.info("%s", printable(f"TLS {way}, with {shown}"))
     if options.directory is None:
         return
     # Not before it listens: a hundred thousand mails take as long as the start.

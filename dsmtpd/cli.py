@@ -28,9 +28,20 @@ Options:
                               without it, nothing is stored.
   -s BYTES, --max-size BYTES  Take no larger message; 0 takes any [default: 33554432].
   --disable-smtputf8          Do not offer SMTPUTF8, and refuse non-ASCII addresses.
+  --disable-auth              Do not offer AUTH, and refuse it.
+  --tls WAY                   Speak TLS: starttls offers STARTTLS, implicit begins with TLS.
+  --tls-cert FILE             Show this certificate (PEM); without it, one is made, which
+                              needs dsmtpd[tls].
+  --tls-key FILE              The private key of the certificate (PEM), if it is not in the
+                              same file.
+  --tls-ca FILE               Write the CA of a made certificate to this file; without it,
+                              to a temporary one.
   --version                   Print the version and exit.
   -h, --help                  Print this text and exit.
 """
+
+# Options that mean nothing without another one.
+_NEEDS = {"--tls-cert": "--tls", "--tls-key": "--tls-cert", "--tls-ca": "--tls"}
 
 # RFC 1870, section 4: a size has at most 20 digits.
 _NUMBER = re.compile(r"[0-9]{1,20}")
@@ -48,12 +59,22 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     Raises `UsageError` for an argument that is unknown, given twice, incomplete or out of range.
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    for option, needed in _NEEDS.items():
+        if arguments[option] is not None and arguments[needed] is None:
+            raise UsageError(f"{option} needs {needed}")
+    if arguments["--tls-ca"] is not None and arguments["--tls-cert"] is not None:
+        raise UsageError("--tls-ca: A CA is made only without --tls-cert")
     return Options(
         interface=_text("--interface", arguments["--interface"], "a host"),
         port=_number("--port", arguments["--port"], "a port from 0 to 65535", 65535),
-        directory=_directory("--directory", arguments["--directory"]),
+        directory=_path("--directory", arguments["--directory"], "a folder"),
         max_size=_number("--max-size", arguments["--max-size"], "a number of bytes, 0 or more"),
         disable_smtputf8=arguments["--disable-smtputf8"],
+        disable_auth=arguments["--disable-auth"],
+        tls=_tls("--tls", arguments["--tls"]),
+        tls_cert=_path("--tls-cert", arguments["--tls-cert"], "a file"),
+        tls_key=_path("--tls-key", arguments["--tls-key"], "a file"),
+        tls_ca=_path("--tls-ca", arguments["--tls-ca"], "a file"),
     )
 
 
@@ -105,10 +126,16 @@ def _number(option: str, value: str, wanted: str, most: float = float("inf")) ->
     raise UsageError(f"{option}: {value!r} is not {wanted}")
 
 
-def _directory(option: str, value: str | None) -> str | None:
+def _tls(option: str, value: str | None) -> Any:
+    if value is None or value.lower() in {"starttls", "implicit"}:
+        return value and value.lower()
+    raise UsageError(f"{option}: {value!r} is neither starttls nor implicit")
+
+
+def _path(option: str, value: str | None, wanted: str) -> str | None:
     if value is None:
         return None
-    path = os.path.expanduser(_text(option, value, "a folder"))  # noqa: PTH111  # shown as it was typed
+    path = os.path.expanduser(_text(option, value, wanted))  # noqa: PTH111  # shown as it was typed
     if path.startswith("~"):
         raise UsageError(f"{option}: {value!r} names a user without a home")
     return path

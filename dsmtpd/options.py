@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 DEFAULT_INTERFACE = "127.0.0.1"
 DEFAULT_PORT = 1025
@@ -18,6 +19,12 @@ class Options:
     *directory*: the Maildir that incoming mails are stored in, or None to store nothing.
     *max_size*: the largest message that is taken, in octets; 0 sets no limit (RFC 1870, section 3).
     *disable_smtputf8*: do not offer SMTPUTF8 (RFC 6531) and refuse non-ASCII addresses.
+    *disable_auth*: do not offer AUTH (RFC 4954) and refuse it.
+    *tls*: `starttls` offers STARTTLS (RFC 3207), `implicit` speaks TLS from the first octet
+    (RFC 8314, section 3.3), None does without TLS.
+    *tls_cert*, *tls_key*: PEM files of a certificate and its private key; without *tls_cert* a
+    certificate is made, without *tls_key* the key stands in the file of the certificate.
+    *tls_ca*: the file that the CA of a made certificate is written to, None for a temporary one.
     """
 
     interface: str = DEFAULT_INTERFACE
@@ -25,3 +32,8 @@ class Options:
     directory: str | None = None
     max_size: int = DEFAULT_MAX_SIZE
     disable_smtputf8: bool = False
+    disable_auth: bool = False
+    tls: Literal["starttls", "implicit"] | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None

@@ -1,23 +1,31 @@
-"""One client's session: aiosmtpd's, with the path that every mail takes made short."""
+"""One client's session: aiosmtpd's, made quick, and patient with what real clients say."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import io
+import logging
 import re
 import sys
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any, cast
 
 import aiosmtpd.smtp
 
+from dsmtpd import auth, tls
+from dsmtpd.message import endpoint, printable
+from dsmtpd.path import Path, parse
+
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    import ssl
+    from collections.abc import Awaitable, Callable, Mapping
 
     from typing_extensions import Self
 
     Command = Callable[[str | None], Awaitable[None]]
+
+log = logging.getLogger(__package__)
 
 # The most that is read from a socket at once. When twice as much lies unread, the client waits.
 _READ = 256 * 1024
@@ -29,15 +37,34 @@ _END_OF_DATA = b"\r\n.\r\n"
 # As many as aiosmtpd takes. What sends more is no SMTP client.
 _UNKNOWN_COMMANDS = 5
 
-# `<local@domain>`, both made of plain atoms. What begins with `=?` may be an encoded word, and a
-# parameter that begins with `(` is a comment: they are for the full parser.
-_ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
-_DOT_ATOM = rf"(?!=\?){_ATOM}(?:\.{_ATOM})*"
-_PLAIN_PATH = re.compile(rf"<({_DOT_ATOM}@{_DOT_ATOM})> *([!-'*-~].*)?")
+# RFC 5321 (section 4.5.3.1.4) asks for 512 octets at least.
+_COMMAND_OCTETS = 1001
+
+# RFC 5321, section 4.5.3.1.10, asks for 100 at least.
+_RECIPIENTS = 10_000
+
+# Seconds for a handshake: a client that waits for a greeting in plain text learns of its mistake.
+_HANDSHAKE = 10
+
+# The replies to these may wait for those to the commands behind them (RFC 2920, section 3.2).
+_GROUPED = {b"MAIL", b"RCPT", b"RSET"}
+
+# The values of the parameters of MAIL (RFC 1870, 6152, 6531 and 4954).
+_SIZE = re.compile(r"[0-9]{1,20}")
+_BODY = re.compile("7BIT|8BITMIME", re.IGNORECASE)
+_NONE = re.compile("")
+_MAILBOX = re.compile(".+")
 
 
 class _CommandError(Exception):
     """A command cannot be carried out; the text is the reply."""
+
+
+def _path(command: str, argument: str | None) -> Path:
+    """Return the path in the *argument* of *command*, as in `MAIL FROM`."""
+    if path := parse(command[5:], argument or ""):
+        return path
+    raise _CommandError(f"501 Syntax: {command}:<address>")
 
 
 class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
@@ -47,31 +74,50 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     parameters it heeds those that `server` gives it.
     """
 
-    # RFC 5321 (section 4.5.3.1.4) asks for 512 octets at least.
-    command_size_limit = 1001
-
     session: aiosmtpd.smtp.Session
     envelope: aiosmtpd.smtp.Envelope
     transport: asyncio.Transport | None
 
     # Private names of aiosmtpd. There are no public ones for the streams (`_reader`, `_writer`),
-    # the hooks of the handler (`_handle_hooks`, `_call_handler_hook`), the end of a transaction
-    # (`_set_rset_state`, `_set_post_data_state`) and the clock (`_timeout_cb`, `_timeout_duration`,
-    # `_timeout_handle`). `_handle_client` is replaced since it matches and logs each command
-    # several times, and forgets those before an end; `_getaddr` and `_getparams` for the reasons
-    # given there.
+    # the hooks of the handler (`_call_handler_hook`), the end of a transaction (`_set_rset_state`,
+    # `_set_post_data_state`), a new session (`_create_session`) and the clock (`_timeout_cb`,
+    # `_timeout_duration`, `_timeout_handle`). `_handle_client` is replaced since it matches and
+    # logs each command several times, and forgets those before an end.
     _handler_coroutine: asyncio.Task[None]  # It carries out the commands; see `hang_up`.
 
-    def __init__(self, handler: object, **parameters: Any) -> None:
-        """Take *parameters* of aiosmtpd's `SMTP`; *handler* needs a `handle_DATA`."""
+    def __init__(
+        self,
+        handler: object,
+        *,
+        offers_auth: bool = True,
+        implicit_tls: bool = False,
+        **parameters: Any,
+    ) -> None:
+        """Take *parameters* of aiosmtpd's `SMTP`; *handler* needs a `handle_DATA`.
+
+        With a `tls_context` among the *parameters*, STARTTLS is offered (RFC 3207), unless the
+        connection is to begin with TLS, *implicit_tls*. *offers_auth* takes any credentials.
+        """
         super().__init__(handler, **parameters)
+        self.offers_auth = offers_auth
+        self._implicit_tls = implicit_tls
         self._encoding = (
             ("utf-8", "surrogateescape") if self.enable_SMTPUTF8 else ("ascii", "strict")
         )
+        self._parameters = {"SIZE": _SIZE, "BODY": _BODY}
+        if self.enable_SMTPUTF8:
+            self._parameters["SMTPUTF8"] = _NONE
+        if offers_auth:
+            self._parameters["AUTH"] = _MAILBOX
         self._input = memoryview(bytearray(_READ))
-        self._hooked = not self._handle_hooks.keys().isdisjoint({"MAIL", "RCPT"})
+        self._replies = b""
         self._unknown_commands = 0
-        self._delivering = self._ending = False
+        self._encrypted = False  # from the beginning of the handshake
+        self._mute = False  # The client has not said anything since the handshake.
+        self._grouped = False  # The reply to the command may wait.
+        self._delivering = False
+        self._over = False  # Nobody reads replies any more.
+        self._ending = False  # The server stops.
 
     def twin(self) -> Self:
         """Return a session like this one for another client.
@@ -85,6 +131,18 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         connected = twin._cb_client_connected  # noqa: SLF001  # aiosmtpd's way to get at the streams
         asyncio.StreamReaderProtocol.__init__(twin, reader, connected, self.loop)
         return twin
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the session."""
+        if self._implicit_tls:
+            # What comes is not for us, but for the handshake that the session begins with.
+            cast("asyncio.Transport", transport).pause_reading()
+        super().connection_made(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End the session, which may have ended already with its handshake; see `_start_tls`."""
+        if self.transport is not None:
+            super().connection_lost(error)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # asyncio's
         """Lend the buffer that the sessions of a loop share.
@@ -101,21 +159,31 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Stay open for the replies to what the client sent before its end; TLS cannot do that."""
         self._reader.feed_eof()
-        return self._writer.get_extra_info("sslcontext") is None
+        self._over = self._encrypted
+        return not self._over
 
     async def push(self, status: str | bytes) -> None:
-        """Send the reply *status*."""
+        """Send the reply *status*, after those that wait.
+
+        It waits itself when it may, and the next command is here (RFC 2920, section 3.2).
+        """
         reply = status if isinstance(status, bytes) else status.encode("utf-8", "backslashreplace")
+        self._replies += reply + b"\r\n"
+        if self._over or (self._grouped and b"\n" in self._unread):
+            return
         transport = self._writer.transport
-        transport.write(reply + b"\r\n")
+        transport.write(self._replies)
+        self._replies = b""
         # A client that does not read has to wait; at the end, nobody waits for it.
         if transport.get_write_buffer_size() and not self._ending:
             await self._writer.drain()
 
     async def _handle_client(self) -> None:
         self._heard = self.loop.time()
-        await self.push(f"220 {self.hostname} {self.__ident__}")
         try:
+            if self._implicit_tls:
+                await self._start_tls()
+            await self.push(f"220 {self.hostname} {self.__ident__}")
             while not self._ending and self._unknown_commands < _UNKNOWN_COMMANDS:
                 await self._answer(await self._command_line())
                 if self._unread:
@@ -123,9 +191,14 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         except (asyncio.IncompleteReadError, asyncio.CancelledError):
             # The client has said its last, or the connection has ended. A task that ends cancelled
             # would keep what has come of a mail, by its traceback.
-            pass
+            if self._mute and not self._ending:
+                self._warn(
+                    "The client has left after the TLS handshake without a word; perhaps it does"
+                    " not trust the certificate"
+                )
         finally:
             if not self._ending:
+                self._over = True
                 self._writer.close()
 
     @property
@@ -149,10 +222,12 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
 
     async def _answer(self, line: bytes) -> None:
         """Carry out the command in *line* (RFC 5321, section 4.1.1), or refuse it."""
+        self._mute = False
+        self._grouped = line[:4].upper() in _GROUPED
         try:
             method, argument = self._command(line)
             await method(argument)
-        except _CommandError as error:
+        except (_CommandError, auth.AuthError) as error:
             await self.push(str(error))
         except Exception as error:
             if isinstance(error, asyncio.IncompleteReadError) and self._reader.at_eof():
@@ -165,9 +240,9 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
 
         Raises `_CommandError` when there is no such command.
         """
-        if len(line) > self.command_size_limit:
-            raise _CommandError("500 Command line too long")
         verb, _, argument = line.partition(b" ")
+        if len(line) > _COMMAND_OCTETS and verb.upper() != b"AUTH":
+            raise _CommandError("500 Command line too long")
         if not verb.isalpha():
             raise _CommandError("500 Error: bad syntax")
         command = getattr(self, f"smtp_{verb.decode().upper()}", None)
@@ -194,36 +269,187 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self._set_rset_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
         self.session.extended_smtp = True
         self.session.host_name = hostname
-        lines = [f"250-{self.hostname}", f"250-SIZE {self.data_size_limit}", "250-8BITMIME"]
+        extensions = [f"SIZE {self.data_size_limit}", "8BITMIME", "PIPELINING"]
         if self.enable_SMTPUTF8:
-            lines.append("250-SMTPUTF8")
-        await self.push("\r\n".join([*lines, "250 HELP"]))
+            extensions.append("SMTPUTF8")
+        if self.offers_starttls:
+            extensions.append("STARTTLS")
+        if self.offers_auth:
+            extensions.append(f"AUTH {' '.join(auth.MECHANISMS)}")
+        lines = [self.hostname, *extensions]
+        await self.push("\r\n".join([*(f"250-{line}" for line in lines), "250 HELP"]))
 
-    @aiosmtpd.smtp.syntax("MAIL FROM: <address>", extended=" [SP <mail-parameters>]")
-    async def smtp_MAIL(self, arg: str | None) -> None:
-        """Take the reverse-path (RFC 5321, section 4.1.1.2)."""
-        if not self.envelope.mail_from and (address := self._plain("FROM", arg)):
-            self.envelope.mail_from = address
-            await self.push("250 OK")
-        else:
-            await super().smtp_MAIL(arg)
+    @property
+    def offers_starttls(self) -> bool:
+        """Whether the session can be encrypted, and is not yet."""
+        return self.tls_context is not None and not self._encrypted
 
-    @aiosmtpd.smtp.syntax("RCPT TO: <address>", extended=" [SP <mail-parameters>]")
-    async def smtp_RCPT(self, arg: str | None) -> None:
+    @aiosmtpd.smtp.syntax("QUIT")
+    async def smtp_QUIT(self, argument: str | None) -> None:
+        """End the session (RFC 5321, section 4.1.1.10).
+
+        aiosmtpd closes the transport here, too; closed twice, asyncio's for TLS falls apart.
+        """
+        if argument:
+            raise _CommandError("501 Syntax: QUIT")
+        status = await self._call_handler_hook("QUIT")
+        await self.push("221 Bye" if status is aiosmtpd.smtp.MISSING else status)
+        raise asyncio.CancelledError
+
+    @aiosmtpd.smtp.syntax("STARTTLS", when="offers_starttls")
+    async def smtp_STARTTLS(self, argument: str | None) -> None:
+        """Begin TLS (RFC 3207).
+
+        aiosmtpd does this with the private parts of asyncio, and logs a failure with a traceback.
+        """
+        if argument:
+            raise _CommandError("501 Syntax: STARTTLS")
+        if self._encrypted:
+            raise _CommandError("503 5.5.1 TLS is active already")
+        if self.tls_context is None:
+            raise _CommandError("454 4.7.0 TLS not available")
+        await self.push("220 Ready to start TLS")
+        await self._start_tls()
+
+    async def _start_tls(self) -> None:
+        """Speak TLS from here on; forget what has been said in clear (RFC 3207, section 4.2)."""
+        if self._unread:
+            # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
+            self._warn("What was sent behind STARTTLS, without waiting for the reply, is dropped")
+            self._unread.clear()
+        self._encrypted = True
+        try:
+            transport: Any = await self.loop.start_tls(
+                cast("asyncio.Transport", self.transport),
+                self,
+                cast("ssl.SSLContext", self.tls_context),
+                server_side=True,
+                ssl_handshake_timeout=_HANDSHAKE,
+            )
+        except (OSError, asyncio.CancelledError) as error:
+            if isinstance(error, OSError):
+                self._warn(f"The TLS handshake has failed: {tls.failure(error)}")
+            # Depending on Python's version and the failure, asyncio does not tell us.
+            self.connection_lost(None)
+            raise asyncio.CancelledError from None
+        peer = self.session.peer
+        self._set_rset_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
+        self.session = self._create_session()
+        self.session.peer = peer
+        self._mute = True
+        self.session.ssl = {"cipher": transport.get_extra_info("cipher")}
+        self.transport = transport
+        # As aiosmtpd does: before Python 3.11 there is no public way.
+        for stream in (self._reader, self._writer):
+            setattr(stream, "_transport", transport)  # noqa: B010  # which the types do not know
+
+    @aiosmtpd.smtp.syntax("AUTH mechanism", extended=" [initial-response]", when="offers_auth")
+    async def smtp_AUTH(self, argument: str | None) -> None:
+        """Take any credentials (RFC 4954, section 4).
+
+        aiosmtpd knows mechanisms in capitals only, and wants no AUTH inside of implicit TLS.
+        """
+        if not self.offers_auth:
+            raise _CommandError("502 5.5.1 AUTH is disabled")
+        if not self.session.host_name:
+            raise _CommandError("503 Error: send EHLO first")
+        if self.session.authenticated or self.envelope.mail_from:
+            raise _CommandError("503 5.5.1 Error: AUTH comes once, and before MAIL")
+        name, _, initial = (argument or "").partition(" ")
+        if not name or " " in initial.strip():
+            raise _CommandError("501 5.5.4 Syntax: AUTH mechanism [initial-response]")
+        mechanism = auth.MECHANISMS.get(name.upper())
+        if mechanism is None:
+            raise _CommandError("504 5.5.4 Unrecognized authentication mechanism")
+        user = await self._log_in(mechanism(), initial.strip())
+        self.session.authenticated = True
+        log.info("%s: %s logged in by AUTH %s", self._peer, printable(user), name.upper())
+        await self.push("235 2.7.0 Authentication successful")
+
+    async def _log_in(self, exchange: auth.Exchange, initial: str) -> str:
+        """Return who logs in by *exchange*, perhaps with an *initial* response.
+
+        Nothing keeps the password, and nothing logs it.
+        """
+        response = initial.encode("utf-8", "surrogateescape")
+        challenge = next(exchange)
+        try:
+            while True:
+                response = response or await self._respond(challenge)
+                challenge, response = exchange.send(auth.decode(response)), b""
+        except StopIteration as done:
+            return str(done.value)
+
+    async def _respond(self, challenge: bytes) -> bytes:
+        """Send a *challenge* of AUTH, and return the response (RFC 4954, section 4)."""
+        await self.push(b"334 " + b64encode(challenge))
+        return await self._command_line()
+
+    @aiosmtpd.smtp.syntax("VRFY <address>")
+    async def smtp_VRFY(self, argument: str | None) -> None:
+        """Promise nothing about an address (RFC 5321, section 7.3)."""
+        if not argument:
+            raise _CommandError("501 Syntax: VRFY <address>")
+        await self.push("252 Cannot VRFY user, but will take a mail to it")
+
+    @aiosmtpd.smtp.syntax("MAIL FROM:<address>", extended=" [SP <mail-parameters>]")
+    async def smtp_MAIL(self, argument: str | None) -> None:
+        """Begin a mail with its reverse-path (RFC 5321, section 4.1.1.2).
+
+        aiosmtpd refuses parameters that are not offered, and its parser, that of the email package,
+        changes addresses and takes 0.1 ms for each.
+        """
+        if not self.session.host_name:
+            raise _CommandError("503 Error: send HELO first")
+        if self.envelope.mail_from:
+            raise _CommandError("503 Error: nested MAIL command")
+        path = _path("MAIL FROM", argument)
+        size = path.parameters.get("SIZE", "")
+        if self.data_size_limit and _SIZE.fullmatch(size) and int(size) > self.data_size_limit:
+            raise _CommandError("552 Error: message size exceeds fixed maximum message size")
+        self.envelope.smtp_utf8 = "SMTPUTF8" in path.parameters
+        self._reported: set[str] = set()
+        self._report(path, f"MAIL {argument}", self._parameters)
+        status = await self._call_handler_hook("MAIL", path.address, path.options)
+        if status is aiosmtpd.smtp.MISSING:
+            self.envelope.mail_from = path.address
+            status = "250 OK"
+        await self.push(status)
+
+    @aiosmtpd.smtp.syntax("RCPT TO:<address>", extended=" [SP <rcpt-parameters>]")
+    async def smtp_RCPT(self, argument: str | None) -> None:
         """Take a recipient (RFC 5321, section 4.1.1.3)."""
-        if self.envelope.mail_from and (address := self._plain("TO", arg)):
-            self.envelope.rcpt_tos.append(address)
-            await self.push("250 OK")
-        else:
-            await super().smtp_RCPT(arg)
+        if not self.envelope.mail_from:
+            raise _CommandError("503 Error: need MAIL command")
+        if len(self.envelope.rcpt_tos) >= _RECIPIENTS:
+            raise _CommandError("452 4.5.3 Too many recipients")
+        path = _path("RCPT TO", argument)
+        self._report(path, f"RCPT {argument}", {})
+        status = await self._call_handler_hook("RCPT", path.address, path.options)
+        if status is aiosmtpd.smtp.MISSING:
+            self.envelope.rcpt_tos.append(path.address)
+            status = "250 OK"
+        await self.push(status)
 
-    def _plain(self, keyword: str, arg: str | None) -> str | None:
-        """Return the address in *arg* if it is plain and aiosmtpd would do no more than take it."""
-        if arg is None or not self.session.host_name or self._hooked:
-            return None
-        word, _, path = arg.partition(":")
-        plain = _PLAIN_PATH.fullmatch(path.lstrip(" ")) if word.upper() == keyword else None
-        return plain[1] if plain and not plain[2] else None
+    def _report(self, path: Path, command: str, offered: Mapping[str, re.Pattern[str]]) -> None:
+        """Log what other servers may refuse of a *command*, everything once in a transaction."""
+        faults = path.faults
+        for keyword, value in path.parameters.items():
+            pattern = offered.get(keyword) if self.session.extended_smtp else None
+            if pattern is None or not pattern.fullmatch(value):
+                faults.append(keyword or "=")
+        if not path.address.isascii() and not self.envelope.smtp_utf8:
+            faults.append("an address beyond ASCII without SMTPUTF8")
+        if news := [fault for fault in faults if fault not in self._reported]:
+            self._reported.update(news)
+            self._warn(f"Servers may refuse {', '.join(news)} in: {command}")
+
+    def _warn(self, text: str) -> None:
+        log.warning("%s: %s", self._peer, printable(text))
+
+    @property
+    def _peer(self) -> str:
+        return printable(endpoint(self.session.peer))
 
     @aiosmtpd.smtp.syntax("DATA")
     async def smtp_DATA(self, argument: str | None) -> None:
@@ -309,19 +535,8 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
 
     def _cut(self, reply: str) -> None:
         """Send a last *reply*, if the client reads it, and end the connection."""
-        self._writer.write(f"{reply}\r\n".encode())
-        self._writer.transport.abort()
-
-    def _getaddr(self, arg: str) -> tuple[str | None, str | None]:
-        # Private. The parser of the email package, which it calls, takes 0.1 ms, and stumbles over
-        # `<` and the like before Python 3.14. Without an address the reply is "malformed address".
-        if plain := _PLAIN_PATH.fullmatch(arg):
-            return plain[1], plain[2] or ""
-        address: tuple[str | None, str | None] = None, None
-        with suppress(AttributeError, IndexError, RecursionError, UnboundLocalError):
-            address = super()._getaddr(arg)
-        return address
-
-    def _getparams(self, params: Sequence[str]) -> dict[str, str | bool] | None:
-        # Private. It takes what Unicode calls a digit for one: `SIZE=²`.
-        return super()._getparams(params) if "".join(params).isascii() else None
+        transport = self._writer.transport
+        # Not after the last reply, and not into a handshake, during which the protocol is another.
+        if not self._over and transport.get_protocol() is self:
+            transport.write(self._replies + reply.encode() + b"\r\n")
+        transport.abort()

@@ -19,6 +19,8 @@ from dsmtpd import __version__
 from dsmtpd.protocol import SMTP
 
 if TYPE_CHECKING:
+    import ssl
+
     from typing_extensions import Self
 
     from dsmtpd.options import Options
@@ -39,9 +41,10 @@ class ListenError(OSError):
 class Listener:
     """An SMTP server that listens while its `with` block runs, in a thread of its own.
 
-    *handler* has the hooks that aiosmtpd asks its handlers for, but for `handle_EHLO`; *options*
-    tell where to listen and what to offer. Inside the block, *host* and *port* are the real ones,
-    also for port 0.
+    *handler* has the hooks that aiosmtpd asks its handlers for, except those for EHLO, AUTH, VRFY
+    and STARTTLS; *options* tell where to listen and what to offer, and *context* has what TLS
+    takes, if they ask for that. Inside the block, *host* and *port* are the real ones, also for
+    port 0.
 
     Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
     other clients.
@@ -50,10 +53,13 @@ class Listener:
     host: str
     port: int
 
-    def __init__(self, handler: object, options: Options) -> None:
+    def __init__(
+        self, handler: object, options: Options, context: ssl.SSLContext | None = None
+    ) -> None:
         """Open nothing yet."""
         self._handler = handler
         self._options = options
+        self._context = context
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that this cannot be."""
@@ -79,7 +85,7 @@ class Listener:
             self._thread.shutdown()
 
     def _listen(self) -> _Controller:
-        controller = _Controller(self._handler, self._options)
+        controller = _Controller(self._handler, self._options, self._context)
         try:
             controller.begin()  # type: ignore[no-untyped-call]
         except BaseException:
@@ -109,7 +115,7 @@ class _Controller(UnthreadedController):
 
     server: asyncio.Server
 
-    def __init__(self, handler: object, options: Options) -> None:
+    def __init__(self, handler: object, options: Options, context: ssl.SSLContext | None) -> None:
         super().__init__(
             handler,
             loop=asyncio.SelectorEventLoop(_Selector()),
@@ -121,6 +127,9 @@ class _Controller(UnthreadedController):
             ident=f"dsmtpd {__version__}",
             data_size_limit=options.max_size,
             enable_SMTPUTF8=not options.disable_smtputf8,
+            offers_auth=not options.disable_auth,
+            tls_context=context,
+            implicit_tls=options.tls == "implicit",
         )
         self.loop.set_exception_handler(self._report)
         self._reported = ""

@@ -27,6 +27,14 @@ def test_no_arguments_ask_for_the_defaults() -> None:
         (["-s", "0"], Options(max_size=0)),
         (["--max-size", "12345678901234567890"], Options(max_size=12345678901234567890)),
         (["--disable-smtputf8"], Options(disable_smtputf8=True)),
+        (["--disable-auth"], Options(disable_auth=True)),
+        (["--tls", "starttls"], Options(tls="starttls")),
+        (["--tls=STARTTLS"], Options(tls="starttls")),
+        (["--tls", "Implicit", "--tls-ca", "ca"], Options(tls="implicit", tls_ca="ca")),
+        (
+            ["--tls=implicit", "--tls-cert=cert", "--tls-key=key"],
+            Options(tls="implicit", tls_cert="cert", tls_key="key"),
+        ),
         (["-p2525", "-dx", "-s1"], Options(port=2525, directory="x", max_size=1)),
     ],
 )
@@ -42,6 +50,7 @@ def test_the_arguments_of_the_process_are_the_default(monkeypatch: pytest.Monkey
 def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert parse_args(["--directory=~/mails"]).directory == "/home/someone/mails"
+    assert parse_args(["--tls=starttls", "--tls-ca=~/ca"]).tls_ca == "/home/someone/ca"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,19 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-s", "9" * 21], f"--max-size: '{'9' * 21}' is not a number of bytes, 0 or more"),
         (["-d", ""], "--directory: '' is not a folder"),
         (["-i", ""], "--interface: '' is not a host"),
+        (["--tls", "yes"], "--tls: 'yes' is neither starttls nor implicit"),
+        (["--tls", ""], "--tls: '' is neither starttls nor implicit"),
+        (["--tls"], "--tls requires argument (see dsmtpd --help)"),
+        (["--tls-cert", "x"], "--tls-cert needs --tls"),
+        (["--tls-ca", "x"], "--tls-ca needs --tls"),
+        (["--tls", "starttls", "--tls-key", "x"], "--tls-key needs --tls-cert"),
+        (["--tls=implicit", "--tls-cert", ""], "--tls-cert: '' is not a file"),
+        (["--tls=implicit", "--tls-cert=x", "--tls-key="], "--tls-key: '' is not a file"),
+        (["--tls=implicit", "--tls-ca="], "--tls-ca: '' is not a file"),
+        (
+            ["--tls=implicit", "--tls-cert=x", "--tls-ca=x"],
+            "--tls-ca: A CA is made only without --tls-cert",
+        ),
         (["-d", "~no.such.user/x"], "--directory: '~no.such.user/x' names a user without a home"),
     ],
 )
@@ -92,9 +114,9 @@ def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for short in ("-p ", "-i ", "-d ", "-s ", "-h,"):
         assert f"\n  {short}" in text
-    for long in ("port", "interface", "directory", "max-size", "version", "help"):
+    longs = "port interface directory max-size version help disable-smtputf8 disable-auth"
+    for long in f"{longs} tls tls-cert tls-key tls-ca".split():
         assert f" --{long} " in text
-    assert " --disable-smtputf8 " in text
 
 
 @pytest.mark.parametrize("buffering", [0, -1], ids=["unbuffered", "buffered"])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import call, patch
 
 import pytest
+import trustme
 from aiosmtpd.controller import Controller
 
 from dsmtpd import __version__, _dsmtpd
@@ -413,6 +414,29 @@ def test_a_maildir_that_cannot_be_read_is_exit_code_2(
     assert caplog.messages == [
         f"Cannot store mails in {tmp_path}: Permission denied ({tmp_path}/new)"
     ]
+
+
+@pytest.mark.usefixtures("stopper")
+def test_main_tells_what_clients_may_trust(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca, cert = tmp_path / "ca.pem", tmp_path / "a\x1bcert.pem"
+    assert main(["-p", "0", "--tls", "starttls", "--tls-ca", str(ca)]) == 0
+    assert caplog.messages[1] == f"TLS by STARTTLS, with a certificate of the CA in {ca}"
+    trustme.CA().issue_cert("x.test").private_key_and_cert_chain_pem.write_to_path(cert)
+    caplog.clear()
+    assert main(["-p", "0", "--tls", "starttls", "--tls-cert", str(cert)]) == 0
+    shown = rf"{tmp_path}/a\x1bcert.pem"
+    assert caplog.messages[1] == f"TLS by STARTTLS, with the certificate in {shown}"
+
+
+def test_a_certificate_that_cannot_be_used_is_exit_code_2(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert = tmp_path / "a\x1bcert.pem"
+    assert main(["-p", "0", "--tls", "starttls", "--tls-cert", str(cert)]) == 2
+    reason = "No such file or directory"
+    assert caplog.messages == [rf"Cannot use {tmp_path}/a\x1bcert.pem: {reason}"]
 
 
 @pytest.mark.usefixtures("stopper")

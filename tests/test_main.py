@@ -7,6 +7,7 @@ import runpy
 import shutil
 import signal
 import socket
+import ssl
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,14 @@ def test_ipv6_is_shown_in_brackets(start: Start) -> None:
             ["-d", "/proc/no/such"],
             "Cannot store mails in /proc/no/such: No such file or directory (/proc/no)",
         ),
+        (
+            ["--tls", "starttls", "--tls-cert", "/no.such.pem"],
+            "Cannot use /no.such.pem: No such file or directory",
+        ),
+        (
+            ["--tls", "implicit", "--tls-ca", "/no/ca.pem"],
+            "Cannot write the CA to /no/ca.pem: No such file or directory",
+        ),
     ],
 )
 def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
@@ -104,6 +113,26 @@ def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
 ) -> None:
     # Had it tried to listen first, that would have been told.
     assert start("-i", "no.such.interface.invalid", *arguments).failure() == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"), [("starttls", "by STARTTLS"), ("implicit", "from the first byte")]
+)
+def test_the_log_names_the_ca_that_clients_may_trust(start: Start, way: str, words: str) -> None:
+    daemon = start("-p", "0", "--tls", way)
+    assert " INFO: Starting dsmtpd " in daemon.line()
+    line, ca = daemon.line().rsplit(" ", 1)
+    assert line.endswith(f" INFO: TLS {words}, with a certificate of the CA in")
+    assert ssl.create_default_context(cafile=ca).cert_store_stats()["x509_ca"] == 1
+    assert daemon.end(signal.SIGTERM)[0] == 0
+    assert not Path(ca).exists()
+
+
+def test_without_auth_none_is_offered(start: Start) -> None:
+    with connect(start("-p", "0", "--disable-auth").port()) as client:
+        client.ehlo()
+        assert not client.has_extn("auth")
+        assert client.docmd("AUTH PLAIN")[0] == 502
 
 
 def test_a_maildir_that_is_not_writable_is_one_line_and_exit_code_2(

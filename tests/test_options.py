@@ -14,6 +14,11 @@ def test_the_defaults_are_those_of_the_command() -> None:
         "directory": None,
         "max_size": 33554432,
         "disable_smtputf8": False,
+        "disable_auth": False,
+        "tls": None,
+        "tls_cert": None,
+        "tls_key": None,
+        "tls_ca": None,
     }
 
 

@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import smtplib
 import socket
 import tracemalloc
-from contextlib import suppress
+from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 
-import aiosmtpd.smtp
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmtpd.options import Options
 from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, troubles
+from tests.tools import FREE, MAIL, Clock, Wire, begin_data, connect, reset, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,44 +35,6 @@ class Handler:
     async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
         self.envelopes.append(envelope)
         return "250 OK"
-
-
-class Clock(asyncio.SelectorEventLoop):
-    """An event loop whose time can be moved forward."""
-
-    ahead = 0.0
-
-    def time(self) -> float:
-        return super().time() + self.ahead
-
-
-class Wire:
-    """A client that talks to a session in the same loop, so that each step is seen to be done."""
-
-    def __init__(self, handler: object, **parameters: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        settings = {"hostname": "server.test", "ident": "test", "enable_SMTPUTF8": True}
-        self.session = SMTP(handler, loop=self.loop, **settings, **parameters).twin()
-        self.socket, self._other = socket.socketpair()
-        self.socket.setblocking(False)  # noqa: FBT003  # its only form
-
-    async def open(self) -> None:
-        await self.loop.connect_accepted_socket(lambda: self.session, self._other)
-
-    async def send(self, octets: bytes) -> None:
-        """Return when the session has read *octets*, and done what it can do at once."""
-        await self.loop.sock_sendall(self.socket, octets)
-        for _ in range(6):
-            await asyncio.sleep(0)
-
-    async def replies(self) -> list[bytes]:
-        """Return all replies, after a word that there is nothing more to send."""
-        self.socket.shutdown(socket.SHUT_WR)
-        received = b""
-        while octets := await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE):
-            received += octets
-        self.socket.close()
-        return received.splitlines()
 
 
 def converse(pieces: Iterable[bytes], handler: object, **parameters: Any) -> list[bytes]:
@@ -104,10 +66,20 @@ BEGIN = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
 @pytest.mark.parametrize(
     ("options", "extensions"),
     [
-        (FREE, {"size": "33554432", "8bitmime": "", "smtputf8": "", "help": ""}),
         (
-            Options(port=0, max_size=0, disable_smtputf8=True),
-            {"size": "0", "8bitmime": "", "help": ""},
+            FREE,
+            {
+                "size": "33554432",
+                "8bitmime": "",
+                "pipelining": "",
+                "smtputf8": "",
+                "auth": " PLAIN LOGIN",
+                "help": "",
+            },
+        ),
+        (
+            Options(port=0, max_size=0, disable_smtputf8=True, disable_auth=True),
+            {"size": "0", "8bitmime": "", "pipelining": "", "help": ""},
         ),
     ],
 )
@@ -189,25 +161,6 @@ def test_the_null_reverse_path_is_kept() -> None:
     assert handler.envelopes[0].mail_from == "<>"
 
 
-@pytest.mark.parametrize("address", ["<", "a@", "<@[\t", "<@a:>", "(" * 980])
-def test_a_malformed_address_is_refused_and_the_session_goes_on(
-    address: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
-        client.ehlo()
-        assert client.docmd(f"MAIL FROM:{address}") == (553, b"5.1.3 Error: malformed address")
-        client.mail("a@example.com")
-        assert client.docmd(f"RCPT TO:{address}") == (553, b"5.1.3 Error: malformed address")
-        assert client.rcpt("b@example.com")[0] == 250
-    assert troubles(caplog) == []
-
-
-def test_a_size_that_is_no_number_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    octets = "EHLO x\r\nMAIL FROM:<a@x> SIZE=²\r\n".encode()
-    assert codes(converse([octets], Handler()))[-1] == 501
-    assert troubles(caplog) == []
-
-
 def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
     address = f"{'a' * 900}@example.com"
     with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
@@ -219,9 +172,17 @@ def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
         assert client.noop()[0] == 250
 
 
-def test_help_knows_ehlo() -> None:
+def test_help_tells_what_is_offered() -> None:
     with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         assert client.docmd("HELP EHLO") == (250, b"Syntax: EHLO hostname")
+        commands = client.help().split()
+        assert b"AUTH" in commands
+        assert b"STARTTLS" not in commands
+    with (
+        Listener(Handler(), Options(port=0, disable_auth=True)) as listener,
+        connect(listener.port) as client,
+    ):
+        assert b"AUTH" not in client.help().split()
 
 
 class Ending:
@@ -575,121 +536,263 @@ def test_a_client_is_not_cut_while_it_waits_for_a_delivery(clock: Clock) -> None
     assert len(handler.contents) == 1
 
 
+def say(*commands: str, parameters: dict[str, Any] | None = None) -> list[bytes]:
+    """Return the replies to *commands* that follow an EHLO, each sent when the last is answered."""
+    pieces = [
+        f"{command}\r\n".encode("utf-8", "surrogateescape") for command in ("EHLO x", *commands)
+    ]
+    replies = converse(pieces, Handler(), **(parameters or {}))
+    begin = next(i for i, reply in enumerate(replies) if reply.startswith(b"250 "))
+    return replies[begin + 1 :]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings, without the peer."""
+    assert {level for level, _ in troubles(caplog)} <= {"WARNING"}
+    return [text.partition(": ")[2] for _, text in troubles(caplog)]
+
+
+OFFERED = "SIZE=1000 BODY=8BITMIME SMTPUTF8 AUTH=<> body=7bit"
 ADDRESSES = [
-    "<a@example.com>",
-    "<a@example.com> SIZE=1000",
-    "<a@example.com>  BODY=8BITMIME  SMTPUTF8 ",
-    "<a@example.com>SIZE=1000",
-    "<a@example.com> (comment) SIZE=1000",
-    "<a@example.com> \u00a0SIZE=1000",
-    "<bounce+user=example.org@lists.example.com>",
-    "<!#$%&'*+-/=?^_`{|}~@example.com>",
-    "<first.last@sub.example.com>",
-    "<.a@example.com>",
-    "<a.@example.com>",
-    "<a..b@example.com>",
-    "<a@.example.com>",
-    "<a@example..com>",
-    "<a@example.com.>",
-    "<用户@例え.jp>",
-    "<é@example.com>",
-    "<caf\udce9@example.com>",
-    "<=?utf-8?q?boss?=@example.com>",
-    "<a@=?utf-8?q?example?=>",
-    "<x=?utf-8?q?boss?=@example.com>",
-    "<a@example.com",
-    "a@example.com",
-    "a@example.com>",
-    "<a>",
-    "<a@>",
-    "<@example.com>",
-    "<a@b@example.com>",
-    "<a@[127.0.0.1]>",
-    '<"a b"@example.com>',
-    '<"a"@example.com>',
-    "<a(comment)@example.com>",
-    "< a@example.com >",
     "<@relay.example.org:a@example.com>",
-    "<a\x01@example.com>",
-    "<a@exa\x7fmple.com>",
-    "<>",
-    "<> SIZE=1000",
-    "<",
-    "",
-    " ",
-    "<a@example.com>\r",
-    "<a@example.com>\x0bSIZE=1000",
-    "Name <a@example.com>",
-    "<a_b@example_c.com>",
-    "<a\u0301@example.com>",
-    "<\u0661@example.com>",
-    f"<{'a' * 300}@{'b' * 300}.com>",
+    "<postmaster>",
+    '<"a, <b>"@example.com>',
+    "<=?utf-8?q?boss?=@example.com>",
 ]
 
 
-def full(address: str) -> tuple[str | None, str | None]:
-    """Return what aiosmtpd's own parser makes of *address*."""
-    with suppress(AttributeError, IndexError, UnboundLocalError):
-        return aiosmtpd.smtp.SMTP._getaddr(PARSER, address)  # noqa: SLF001  # the reference
-    return None, None
+@pytest.mark.parametrize("path", ADDRESSES)
+def test_an_address_is_taken_as_it_was_sent(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    handler = Handler()
+    with Listener(handler, FREE) as listener, connect(listener.port) as client:
+        client.ehlo()
+        assert client.docmd(f"MAIL FROM:{path} {OFFERED}")[0] == 250
+        assert client.docmd(f"RCPT TO:{path}")[0] == 250
+        client.data(MAIL)
+    (envelope,) = handler.envelopes
+    assert (envelope.mail_from, envelope.rcpt_tos) == (path[1:-1], [path[1:-1]])
+    assert warnings(caplog) == []
 
 
-def ours(address: str) -> tuple[str | None, str | None]:
-    return PARSER._getaddr(address)  # noqa: SLF001  # no reply tells all that it returns
-
-
-LOOP = asyncio.new_event_loop()
-LOOP.close()  # Nothing here waits for anything.
-PARSER = SMTP(Handler(), hostname="server.test", loop=LOOP)
-
-
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_an_address_is_what_the_full_parser_says(address: str) -> None:
-    assert ours(address) == full(address)
-
-
-class Indifferent(Handler):
-    """A handler with a hook, so that aiosmtpd carries MAIL and RCPT out, that changes nothing."""
-
-    async def handle_MAIL(self, *_: object) -> object:
-        return aiosmtpd.smtp.MISSING
-
-    handle_RCPT = handle_MAIL
+LONG = f"{'l' * 150}@{'d' * 149}"
 
 
 @pytest.mark.parametrize(
-    "path",
+    ("path", "address", "faults"),
     [
-        "<a@x>",
-        " <a@x>",
-        "  <a@x> ",
-        "\t<a@x>",
-        "<a@x> SIZE=9",
-        "<a@x>SIZE=9",
-        "<>",
-        "a@x",
-        "<a@x",
-        "",
+        ("a@x", "a@x", "missing angle brackets"),
+        (" <a@x>", "a@x", "a space after the colon"),
+        ("<a@>", "a@", "a malformed address"),
+        (f"<{LONG}>", LONG, "a local part of more than 64 octets, a path of more than 256 octets"),
+        ("<é@x>", "é@x", "an address beyond ASCII without SMTPUTF8"),
     ],
 )
-@pytest.mark.parametrize("keyword", ["FROM:", "from:", "From:", "FROM", "TO:", "to:", "To:", ""])
-def test_a_path_is_taken_as_aiosmtpd_takes_it(keyword: str, path: str) -> None:
-    commands = f"MAIL {keyword}{path}\r\nRSET\r\nMAIL FROM:<c@x>\r\nRCPT {keyword}{path}\r\n"
-    octets = f"EHLO x\r\n{commands}RCPT TO:<d@x>\r\nDATA\r\n.\r\n".encode()
-    ours, theirs = Handler(), Indifferent()
-    assert converse([octets], ours) == converse([octets], theirs)
-    assert ours.envelopes[0].rcpt_tos == theirs.envelopes[0].rcpt_tos
+def test_what_other_servers_may_refuse_is_taken_and_told_once_in_a_mail(
+    path: str, address: str, faults: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = Handler()
+    mail = f"MAIL FROM:{path}\r\nRCPT TO:{path}\r\nRCPT TO:{path}\r\nDATA\r\n.\r\n".encode()
+    replies = converse([b"EHLO x\r\n" + mail + mail], handler)
+    assert codes(replies)[-10:] == [250, 250, 250, 354, 250] * 2
+    for envelope in handler.envelopes:
+        assert (envelope.mail_from, envelope.rcpt_tos) == (address, [address, address])
+    assert warnings(caplog) == [f"Servers may refuse {faults} in: MAIL FROM:{path}"] * 2
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=300)
-@given(
-    st.lists(
-        st.sampled_from(["<", ">", "@", ".", " ", "=?utf-8?q?", "?=", "(", ")", '"', "a", "é", "="])
-        | st.text(max_size=2),
-        max_size=14,
-    ).map("".join)
-    | st.from_regex(r"<[^<>@]{1,6}@[^<>@]{1,6}> ?.{0,6}", fullmatch=True)
+def test_parameters_that_are_not_offered_are_taken_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rcpt = "RCPT TO:<b@x> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@x"
+    mail = "MAIL FROM:<a@x> SIZE=9 RET=HDRS ENVID=Qq314 X-VENDOR"
+    assert codes(say(mail, rcpt, rcpt, "RCPT TO:<c@x> NOTIFY=NEVER X=1")) == [250, 250, 250, 250]
+    assert warnings(caplog) == [
+        f"Servers may refuse RET, ENVID, X-VENDOR in: {mail}",
+        f"Servers may refuse NOTIFY, ORCPT in: {rcpt}",
+        "Servers may refuse X in: RCPT TO:<c@x> NOTIFY=NEVER X=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "parameters"),
+    [
+        ("SMTPUTF8", {"enable_SMTPUTF8": False}),
+        ("AUTH=<>", {"offers_auth": False}),
+        ("AUTH", {}),
+        ("SIZE", {}),
+        ("SIZE=-1", {}),
+        ("SIZE=²", {}),
+        ("BODY=BINARYMIME", {}),
+        ("SMTPUTF8=yes", {}),
+        ("=", {}),
+    ],
 )
-@example("<a@b>")
-def test_any_address_is_what_the_full_parser_says(address: str) -> None:
-    assert ours(address) == full(address)
+def test_a_parameter_that_is_not_offered_in_this_form_is_taken_and_told(
+    parameter: str, parameters: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = f"MAIL FROM:<a@x> {parameter}"
+    assert codes(say(command, parameters=parameters)) == [250]
+    keyword = parameter.partition("=")[0] or "="
+    assert warnings(caplog) == [f"Servers may refuse {keyword} in: {command}"]
+
+
+def test_after_helo_no_parameter_is_offered(caplog: pytest.LogCaptureFixture) -> None:
+    assert codes(say("HELO x", "MAIL FROM:<a@x> SIZE=1")) == [250, 250]
+    assert warnings(caplog) == ["Servers may refuse SIZE in: MAIL FROM:<a@x> SIZE=1"]
+
+
+def test_a_warning_cannot_drive_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    say("MAIL FROM:<a@x> \x1b[2J=\x07")
+    assert warnings(caplog)[0].endswith(r"in: MAIL FROM:<a@x> \x1b[2J=\x07")
+
+
+@pytest.mark.parametrize(
+    "command", ["MAIL", "MAIL FROM", "MAIL FROM:", "MAIL TO:<a@x>", "MAIL <a@x>"]
+)
+def test_a_command_without_a_path_is_refused(command: str) -> None:
+    assert say(command) == [b"501 Syntax: MAIL FROM:<address>"]
+    rcpt = command.replace("TO", "F").replace("FROM", "TO").replace("MAIL", "RCPT")
+    assert say("MAIL FROM:<a@x>", rcpt)[1:] == [b"501 Syntax: RCPT TO:<address>"]
+
+
+def test_the_10001st_recipient_is_refused_and_the_others_get_the_mail() -> None:
+    handler = Handler()
+    recipients = b"RCPT TO:<b@x>\r\n" * 10_001
+    octets = b"EHLO x\r\nMAIL FROM:<a@x>\r\n" + recipients + b"DATA\r\n.\r\n" + BEGIN
+    replies = converse([octets], handler)
+    assert codes(replies)[-10_007:] == [250, *[250] * 10_000, 452, 354, 250, 250, 250, 354]
+    assert [len(envelope.rcpt_tos) for envelope in handler.envelopes] == [10_000]
+
+
+def test_quit_has_no_argument() -> None:
+    assert codes(say("QUIT now", "NOOP", "QUIT")) == [501, 250, 221]
+
+
+def test_vrfy_promises_nothing() -> None:
+    assert codes(say("VRFY", "VRFY <", "VRFY a@x")) == [501, 252, 252]
+
+
+def test_a_group_of_commands_is_answered_in_order_whatever_fails_in_it() -> None:
+    handler = Handler()
+    group = b"MAIL FROM:<a@x>\r\nRCPT TO:\r\nMAIL FROM:<c@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
+    replies = converse(
+        [b"EHLO x\r\n", group, b"Hi\r\n.\r\nRSET\r\n" + group, b".\r\nQUIT\r\n"], handler
+    )
+    data = [250, 501, 503, 250, 354]
+    assert codes(replies)[-13:] == [*data, 250, 250, *data, 250, 221][-13:]
+    assert handler.contents == [b"Hi\r\n", b""]
+
+
+def test_data_at_the_end_of_a_group_without_a_recipient_takes_no_mail() -> None:
+    handler = Handler()
+    group = b"MAIL FROM:<a@x>\r\nRCPT TO:\r\nDATA\r\nRSET\r\n"
+    assert codes(converse([b"EHLO x\r\n" + group], handler))[-4:] == [250, 501, 503, 250]
+    assert handler.contents == []
+
+
+def test_the_replies_to_a_group_come_together() -> None:
+    async def run() -> list[bytes]:
+        wire = Wire(Handler())
+        await wire.open()
+        await wire.send(b"EHLO x\r\n")
+        await wire.loop.sock_recv(wire.socket, 65536)
+        group = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRSET\r\nNOOP\r\n" + b"RSET\r\n" * 7 + b"RS"
+        await wire.loop.sock_sendall(wire.socket, group)
+        packets = [await wire.loop.sock_recv(wire.socket, 65536) for _ in range(2)]
+        await wire.replies()
+        return packets
+
+    # NOOP is answered at once (RFC 2920, section 3.2).
+    assert asyncio.run(run()) == [b"250 OK\r\n" * 4, b"250 OK\r\n" * 7]
+
+
+def b64(text: str) -> str:
+    return b64encode(text.encode()).decode()
+
+
+PLAIN = b64("\0app@example.com\0secret")
+USER, PASSWORD = b64("app@example.com"), b64("secret")
+
+
+@pytest.mark.parametrize(
+    ("commands", "replies"),
+    [
+        ([f"AUTH PLAIN {PLAIN}"], []),
+        (["AUTH PLAIN", PLAIN], [b"334 "]),
+        ([f"auth plain  {PLAIN} "], []),
+        (["AUTH LOGIN", USER, PASSWORD], [b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6"]),
+        ([f"AUTH login {USER}", PASSWORD], [b"334 UGFzc3dvcmQ6"]),
+        (["Auth Login", USER, "="], [b"334 VXNlcm5hbWU6", b"334 UGFzc3dvcmQ6"]),
+    ],
+)
+def test_any_credentials_are_taken_and_only_the_name_is_logged(
+    commands: list[str], replies: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    mechanism = commands[0].split()[1].upper()
+    assert say(*commands) == [*replies, b"235 2.7.0 Authentication successful"]
+    assert f": app@example.com logged in by AUTH {mechanism}" in caplog.messages
+    for secret in ("secret", PASSWORD, PLAIN):
+        assert secret not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("commands", "code"),
+    [
+        (["AUTH PLAIN", "*"], b"501 5.7.0"),
+        (["AUTH LOGIN", "*"], b"501 5.7.0"),
+        (["AUTH LOGIN", USER, "*"], b"501 5.7.0"),
+        (["AUTH PLAIN secret!"], b"501 5.5.2"),
+        (["AUTH PLAIN", "secret!"], b"501 5.5.2"),
+        (["AUTH PLAIN", "\udcff"], b"501 5.5.2"),
+        (["AUTH LOGIN", USER, "secret!"], b"501 5.5.2"),
+        ([f"AUTH PLAIN {PASSWORD}"], b"501 5.5.2"),
+        ([f"AUTH PLAIN {'A' * 12_292}"], b"500 5.5.6"),
+        (["AUTH LOGIN", "A" * 12_292], b"500 5.5.6"),
+        (["AUTH LOGIN", USER, "A" * 3_000_000], b"500 5.5.6"),
+        (["AUTH"], b"501 5.5.4"),
+        ([f"AUTH PLAIN {PLAIN} {PLAIN}"], b"501 5.5.4"),
+        (["AUTH CRAM-MD5"], b"504 5.5.4"),
+    ],
+)
+def test_after_an_exchange_that_fails_the_session_goes_on(
+    commands: list[str], code: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    replies = say(*commands, f"AUTH PLAIN {PLAIN}")
+    assert (replies[-2][: len(code)], codes(replies)[-1]) == (code, 235)
+    assert "secret" not in caplog.text
+    assert PASSWORD not in caplog.text
+
+
+def test_a_response_may_be_as_long_as_rfc_4954_says(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    name = "n" * 9000
+    response = b64(f"\0{name}\0{'s' * 214}")
+    assert len(response) == 12_288
+    assert codes(say(f"AUTH PLAIN {response}")) == [235]
+    assert codes(say("AUTH PLAIN", response)) == [334, 235]
+    assert caplog.messages.count(f": {name} logged in by AUTH PLAIN") == 2
+
+
+def test_a_user_name_cannot_drive_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    say("AUTH LOGIN", b64("\x1b[2Jme\n"), PASSWORD)
+    assert r": \x1b[2Jme\n logged in by AUTH LOGIN" in caplog.messages
+
+
+def test_auth_comes_once_and_before_a_mail() -> None:
+    login = f"AUTH PLAIN {PLAIN}"
+    assert codes(converse([f"{login}\r\n".encode()], Handler())) == [220, 503]
+    assert codes(say("MAIL FROM:<a@x>", login, "RSET", login, login)) == [250, 503, 250, 235, 503]
+
+
+def test_a_client_that_leaves_within_an_exchange_leaves_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert codes(converse([b"EHLO x\r\nAUTH LOGIN\r\nc2Vj"], Handler()))[-1] == 334
+    assert troubles(caplog) == []
+
+
+def test_auth_that_is_disabled_is_refused_and_the_session_goes_on() -> None:
+    replies = say(f"AUTH PLAIN {PLAIN}", "NOOP", parameters={"offers_auth": False})
+    assert codes(replies) == [502, 250]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -14,9 +15,10 @@ import sys
 import threading
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmtpd.options import Options
+from dsmtpd.protocol import SMTP
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,6 +77,44 @@ def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
     return [path.read_bytes() for path in sorted(Path(maildir, "new").iterdir())]
 
 
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time can be moved forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+
+class Wire:
+    """A client that talks to a session in the same loop, so that each step is seen to be done."""
+
+    def __init__(self, handler: object, **parameters: Any) -> None:
+        self.loop = asyncio.get_running_loop()
+        settings = {"hostname": "server.test", "ident": "test", "enable_SMTPUTF8": True}
+        self.session = SMTP(handler, loop=self.loop, **{**settings, **parameters}).twin()
+        self.socket, self._other = socket.socketpair()
+        self.socket.setblocking(False)  # noqa: FBT003  # its only form
+
+    async def open(self) -> None:
+        await self.loop.connect_accepted_socket(lambda: self.session, self._other)
+
+    async def send(self, octets: bytes) -> None:
+        """Return when the session has read *octets*, and done what it can do at once."""
+        await self.loop.sock_sendall(self.socket, octets)
+        for _ in range(6):
+            await asyncio.sleep(0)
+
+    async def replies(self) -> list[bytes]:
+        """Return all replies, after a word that there is nothing more to send."""
+        self.socket.shutdown(socket.SHUT_WR)
+        received = b""
+        while octets := await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE):
+            received += octets
+        self.socket.close()
+        return received.splitlines()
+
+
 class Daemon:
     """The command, running as a process: what it logs, and how it ends."""
 
@@ -119,6 +159,8 @@ class Daemon:
         """Return the port that it listens on, when it has told all that it tells at the start."""
         match = re.search(r"INFO: Starting dsmtpd \S+ at \S+:(\d+) size limit", line := self.line())
         assert match, line
+        if "--tls" in self.arguments:
+            assert "INFO: TLS " in self.line()
         if "-d" in self.arguments:
             assert "INFO: Storing the incoming emails into " in self.line()
         return int(match[1])

@@ -1,0 +1,100 @@
+"""What MAIL and RCPT say: a path with its parameters, and what other servers may refuse of it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# RFC 5321, section 4.1.2, with the characters beyond ASCII that RFC 6531 adds, and with domains of
+# any atoms: names with an underscore are common within companies and containers. An octet that is
+# no UTF-8 comes as a surrogate.
+_ATOM = r'[^\x00-\x20\x7f-\xa0()<>@,;:\\".\[\]\ud800-\udfff]+'
+_DOT_ATOM = rf"{_ATOM}(?:\.{_ATOM})*"
+_QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f"\\\ud800-\udfff]|\\[ -~])*"'
+_DOMAIN = rf"(?:{_DOT_ATOM}|\[[!-Z^-~]+\])"
+_ROUTE = rf"(?:@{_DOMAIN}(?:,@{_DOMAIN})*:)?"
+_MAILBOX = rf"(?:{_DOT_ATOM}|{_QUOTED_STRING})@{_DOMAIN}"
+_WELL_FORMED = re.compile(rf"<({_ROUTE}{_MAILBOX}|(?i:postmaster)|)>((?: .*)?)")
+
+# What can be understood all the same: `< a@x >`, `<a@x>SIZE=1`, `<App <a@x>>`, `<a@x`, `App <a@x>`
+# and `a@x`. Within quotes, nothing but the quote ends anything.
+_ANY = r'(?:"(?:[^"\\]|\\.)*"|[^">])*'
+_BRACKETS = rf"<({_ANY}(?=>\s|>$)|.*?(?=>\s|>$)|[^>]*)>"
+_BARE = r'([^<>=]*<[^>]*>|(?:"(?:[^"\\]|\\.)*")?[^<\s]+)'
+_UNDERSTOOD = re.compile(rf"\s*(?:{_BRACKETS}|<(\S+)|{_BARE})(.*)", re.DOTALL)
+
+# RFC 5321, sections 4.5.3.1.1 and 4.5.3.1.3. The angle brackets count.
+_LOCAL_PART_OCTETS = 64
+_PATH_OCTETS = 256
+
+
+class Path(NamedTuple):
+    """The reverse-path of MAIL or the forward-path of RCPT, with its parameters.
+
+    *address*: the path as it was sent, without the angle brackets; `<>` when it is null.
+    *parameters*: each keyword, in capitals, with its value, which is empty where there is none.
+    *faults*: what other servers may refuse of the path, in words.
+    """
+
+    address: str
+    parameters: dict[str, str]
+    faults: list[str]
+
+    @property
+    def options(self) -> list[str]:
+        """The parameters as aiosmtpd gives them to hooks."""
+        return [
+            f"{keyword}={value}" if value else keyword for keyword, value in self.parameters.items()
+        ]
+
+
+def parse(keyword: str, argument: str) -> Path | None:
+    """Return the path that *argument* has behind *keyword*, `FROM` or `TO`, and a colon.
+
+    All that can be understood is taken. Without a path, return None.
+    """
+    word, _, text = argument.partition(":")
+    if word.rstrip().upper() != keyword:
+        return None
+    faults = ["a space before the colon"] if word[-1].isspace() else []
+    if match := _WELL_FORMED.fullmatch(text):
+        address, rest = match.groups()
+    elif match := _UNDERSTOOD.fullmatch(text):
+        closed, opened, bare, rest = match.groups()
+        address = closed if closed is not None else opened or bare
+        faults += _faults(text, address, rest, brackets=closed is not None)
+    else:
+        return None
+    if len(address) > _LOCAL_PART_OCTETS // 4:  # A character has four octets at the most.
+        faults += _excesses(address)
+    return Path(address.strip() or "<>", _parameters(rest), faults)
+
+
+def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[str]:
+    """Yield what is wrong with a path that is understood, but not well-formed."""
+    if text[0].isspace():
+        yield "a space after the colon"
+    if not brackets:
+        yield "missing angle brackets"
+    if not _WELL_FORMED.fullmatch(f"<{address}>"):
+        yield "a malformed address"
+    if rest and not rest[0].isspace():
+        yield "a missing space behind the path"
+
+
+def _excesses(address: str) -> Iterator[str]:
+    """Yield what of *address* is longer than other servers must take."""
+    octets = address.encode("utf-8", "surrogateescape")
+    if len(octets.rpartition(b"@")[0]) > _LOCAL_PART_OCTETS:
+        yield f"a local part of more than {_LOCAL_PART_OCTETS} octets"
+    if len(octets) + len("<>") > _PATH_OCTETS:
+        yield f"a path of more than {_PATH_OCTETS} octets"
+
+
+def _parameters(text: str) -> dict[str, str]:
+    """Return the values of the parameters in *text*, by their keywords in capitals."""
+    pairs = (word.partition("=") for word in text.split())
+    return {word.upper(): value for word, _, value in pairs}

@@ -1,0 +1,149 @@
+"""How the server shows that it is the right one: the certificate, and why a handshake fails."""
+
+from __future__ import annotations
+
+import ssl
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from socket import gethostname
+from typing import IO, TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import trustme
+
+    from dsmtpd.options import Options
+
+# At the top of each CA file: what does not begin with it has another's work in it.
+_MARK = b"# The CA of a dsmtpd, made when that started.\n"
+
+
+# What OpenSSL says of clients that speak no TLS, or an old one, and what that means.
+_REASONS = {
+    "HTTP_REQUEST": "the client speaks HTTP",
+    "WRONG_VERSION_NUMBER": "the client speaks plain text",
+    "UNSUPPORTED_PROTOCOL": "the client speaks nothing newer than TLS 1.1",
+}
+
+
+class TLSError(Exception):
+    """The server cannot speak TLS; the text tells the file and the reason."""
+
+
+class Certificate(NamedTuple):
+    """What clients are shown.
+
+    *context*: holds the certificate and its key.
+    *ca*: the file of the CA, when both have been made.
+    """
+
+    context: ssl.SSLContext
+    ca: str | None
+
+
+@contextmanager
+def certificate(options: Options) -> Iterator[Certificate | None]:
+    """Lend the certificate that *options* ask for, or None when they do not ask for TLS.
+
+    A temporary CA file is removed at the end of the `with` block. Raises `TLSError`.
+    """
+    if options.tls is None:
+        yield None
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.tls_cert is not None:
+        _load(context, options.tls_cert, options.tls_key)
+        yield Certificate(context, None)
+        return
+    with ExitStack() as stack:
+        path = options.tls_ca or stack.enter_context(_temporary()).name
+        _write(path, _MARK + _make(context, options.interface))
+        yield Certificate(context, path)
+
+
+def failure(error: OSError) -> str:
+    """Return in a few words why a handshake has failed with *error*."""
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or str(error)
+        words = reason.replace("_", " ").lower()
+        # The alerts of RFC 8446, section 6.2, such as unknown_ca and bad_certificate.
+        if "ALERT" in reason and ("CA" in reason or "CERTIFICATE" in reason):
+            return f"the client does not trust the certificate ({words.partition('alert ')[2]})"
+        return _REASONS.get(reason, words)
+    if isinstance(error, ConnectionAbortedError):
+        return "it takes too long; perhaps the client speaks plain text"
+    return "the client has left; perhaps it speaks plain text, or does not trust the certificate"
+
+
+def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
+    """Load the certificate of the file *cert*, with its key of the file *key*, or of the same."""
+
+    def no_password() -> NoReturn:
+        # Without it, OpenSSL would ask for one at the terminal.
+        raise TLSError(f"Cannot use {key or cert}: The private key is encrypted")
+
+    try:
+        context.load_cert_chain(cert, key, no_password)
+    except OSError as error:
+        path, reason = _fault(cert, key or cert, error)
+        raise TLSError(f"Cannot use {path}: {reason}") from error
+
+
+def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
+    """Return which of two files is at fault for *error*, which does not name it, and why."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cert)
+    except ssl.SSLError:
+        return cert, "No certificate in PEM"
+    except OSError as unreadable:
+        return cert, str(unreadable.strerror)
+    if not isinstance(error, ssl.SSLError):
+        return key, str(error.strerror)
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return key, f"Not the private key of the certificate in {cert}"
+    return key, "No private key in PEM"
+
+
+def _make(context: ssl.SSLContext, interface: str) -> bytes:
+    """Load a certificate that is made for this host and *interface*; return its CA in PEM."""
+    try:
+        import trustme  # noqa: PLC0415  # an extra, and slow to import
+    except ImportError:
+        raise TLSError(
+            "Cannot make a certificate: pip install 'dsmtpd[tls]', or name one with --tls-cert"
+        ) from None
+    ca = trustme.CA(organization_name="dsmtpd")
+    names = dict.fromkeys(("localhost", "127.0.0.1", "::1", gethostname(), interface))
+    ca.issue_cert(*(name for name in names if _can_be_certified(ca, name))).configure_cert(context)
+    return ca.cert_pem.bytes()
+
+
+def _temporary() -> IO[bytes]:
+    """Return a file that goes when it is closed."""
+    try:
+        return tempfile.NamedTemporaryFile(prefix="dsmtpd-ca-", suffix=".pem")
+    except OSError as error:
+        raise TLSError(f"Cannot write the CA to a temporary file: {error.strerror}") from error
+
+
+def _can_be_certified(ca: trustme.CA, name: str) -> bool:
+    """Tell whether *name* can stand in a certificate, which, say, `my_host` cannot."""
+    try:
+        ca.issue_cert(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _write(path: str, pem: bytes) -> None:
+    """Write the CA to the file *path*, but never over somebody else's work."""
+    file = Path(path)
+    try:
+        if file.is_file() and (content := file.read_bytes()) and not content.startswith(_MARK):
+            raise TLSError(f"Cannot write the CA to {path}: It has been written by another program")
+        file.write_bytes(pem)
+    except OSError as error:
+        raise TLSError(f"Cannot write the CA to {path}: {error.strerror}") from error

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from base64 import b64encode
+
+import pytest
+
+from dsmtpd.auth import LINE_OCTETS, MECHANISMS, AuthError, decode
+
+
+def log_in(mechanism: str, *responses: bytes) -> tuple[list[bytes], str]:
+    """Return what *mechanism* asks, and who it takes a client for that gives *responses*."""
+    exchange = MECHANISMS[mechanism]()
+    challenges = [next(exchange), *map(exchange.send, responses[:-1])]
+    with pytest.raises(StopIteration) as done:
+        exchange.send(responses[-1])
+    return challenges, done.value.value
+
+
+@pytest.mark.parametrize(
+    ("response", "user"),
+    [
+        (b"\0app@example.com\0secret", "app@example.com"),
+        (b"admin\0app\0secret", "app"),
+        ("\0café\0sésame".encode(), "café"),
+        (b"\0\xff\0secret", r"\xff"),
+        (b"\0\0", ""),
+    ],
+)
+def test_plain_asks_for_all_at_once(response: bytes, user: str) -> None:
+    assert log_in("PLAIN", response) == ([b""], user)
+
+
+@pytest.mark.parametrize("response", [b"", b"app", b"app\0secret", b"\0a\0b\0c"])
+def test_plain_wants_three_values(response: bytes) -> None:
+    exchange = MECHANISMS["PLAIN"]()
+    next(exchange)
+    with pytest.raises(AuthError, match=r"^501 5\.5\.2 "):
+        exchange.send(response)
+
+
+def test_login_asks_for_the_name_and_then_for_the_password() -> None:
+    assert log_in("LOGIN", b"app", b"secret") == ([b"Username:", b"Password:"], "app")
+    assert log_in("LOGIN", b"", b"") == ([b"Username:", b"Password:"], "")
+
+
+@pytest.mark.parametrize(
+    ("response", "octets"),
+    [
+        (b"c2VjcmV0", b"secret"),
+        (b"YQ==", b"a"),
+        (b"", b""),
+        (b"=", b""),
+        (b64encode(bytes(LINE_OCTETS // 4 * 3)), bytes(LINE_OCTETS // 4 * 3)),
+    ],
+)
+def test_a_response_is_decoded(response: bytes, octets: bytes) -> None:
+    assert decode(response) == octets
+
+
+@pytest.mark.parametrize(
+    ("response", "code"),
+    [
+        (b"*", "501 5.7.0"),
+        (b"YQ", "501 5.5.2"),
+        (b"YQ=", "501 5.5.2"),
+        (b"Y===", "501 5.5.2"),
+        (b"YQ==YQ==", "501 5.5.2"),
+        (b"Y Q==", "501 5.5.2"),
+        (b"**", "501 5.5.2"),
+        (b"\xff\xff\xff\xff", "501 5.5.2"),
+        (b"A" * (LINE_OCTETS + 4), "500 5.5.6"),
+    ],
+)
+def test_what_is_no_response_is_refused(response: bytes, code: str) -> None:
+    with pytest.raises(AuthError) as raised:
+        decode(response)
+    assert str(raised.value).startswith(f"{code} ")

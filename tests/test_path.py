@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsmtpd.path import parse
+
+WELL_FORMED = [
+    "a@example.com",
+    "bounce+user=example.org@lists.example.com",
+    "!#$%&'*+-/=?^_`{|}~@example.com",
+    "=?utf-8?q?boss?=@example.com",
+    "first.last@sub.example.com",
+    "a_b@my_host",
+    "user@localhost",
+    "a@[127.0.0.1]",
+    "a@[IPv6:2001:db8::1]",
+    '"a b"@example.com',
+    '"a>b, (c) \\" @"@example.com',
+    '""@example.com',
+    "@relay.example.org,@[192.0.2.1]:a@example.com",
+    "postmaster",
+    "Postmaster",
+    "用户@例え.jp",
+    "a\u0301@example.com",
+    "l" * 64 + "@" + "d" * 189,
+]
+
+# Each with what is understood of it.
+MALFORMED = {
+    "root": "root",
+    "a@": "a@",
+    "@example.com": "@example.com",
+    "a@b@c": "a@b@c",
+    ".a@example.com": ".a@example.com",
+    "a..b@example.com": "a..b@example.com",
+    "a@example.com.": "a@example.com.",
+    "a b@example.com": "a b@example.com",
+    " a@example.com ": "a@example.com",
+    '"a@example.com': '"a@example.com',
+    "App <a@example.com>": "App <a@example.com>",
+    "a(comment)@example.com": "a(comment)@example.com",
+    "caf\udce9@example.com": "caf\udce9@example.com",
+    "a\x01@example.com": "a\x01@example.com",
+    "(" * 900: "(" * 900,
+}
+
+ADDRESS = "a malformed address"
+BRACKETS = "missing angle brackets"
+COLON = "a space after the colon"
+LOCAL_PART = "a local part of more than 64 octets"
+PATH = "a path of more than 256 octets"
+
+
+@pytest.mark.parametrize("address", WELL_FORMED)
+@pytest.mark.parametrize("keyword", ["FROM", "from", "From"])
+def test_a_well_formed_path_is_taken_as_it_was_sent(keyword: str, address: str) -> None:
+    assert parse("FROM", f"{keyword}:<{address}>") == (address, {}, [])
+
+
+def test_the_null_path_has_a_form_of_its_own() -> None:
+    assert parse("FROM", "FROM:<>") == ("<>", {}, [])
+
+
+@pytest.mark.parametrize(("sent", "address"), MALFORMED.items())
+def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
+    path = parse("TO", f"TO:<{sent}>")
+    assert path is not None
+    assert (path.address, path.faults[0]) == (address, ADDRESS)
+
+
+@pytest.mark.parametrize(
+    ("sent", "address", "faults"),
+    [
+        ("FROM:a@x", "a@x", [BRACKETS]),
+        ("FROM:<a@x", "a@x", [BRACKETS]),
+        ("FROM:App <a@x>", "App <a@x>", [BRACKETS, ADDRESS]),
+        ('FROM:"a b"@x', '"a b"@x', [BRACKETS]),
+        ("FROM: <a@x>", "a@x", [COLON]),
+        ("FROM:\t<>", "<>", [COLON]),
+        ("FROM: a@x", "a@x", [COLON, BRACKETS]),
+        ("FROM :<a@x>", "a@x", ["a space before the colon"]),
+        ("FROM:<a@x>SIZE=1", "a@x", ["a missing space behind the path"]),
+        (f"FROM:<{'l' * 65}@x>", f"{'l' * 65}@x", [LOCAL_PART]),
+        (f"FROM:<é{'l' * 63}@x>", f"é{'l' * 63}@x", [LOCAL_PART]),
+        (f"FROM:<l@{'d' * 253}>", f"l@{'d' * 253}", [PATH]),
+        (f"FROM:<{'l' * 150}@{'d' * 149}>", f"{'l' * 150}@{'d' * 149}", [LOCAL_PART, PATH]),
+    ],
+)
+def test_what_other_servers_may_refuse_is_taken_and_told(
+    sent: str, address: str, faults: list[str]
+) -> None:
+    path = parse("FROM", sent)
+    assert path is not None
+    assert (path.address, path.faults) == (address, faults)
+
+
+@pytest.mark.parametrize("path", ["<a@x>", "a@x", "<App <a@x>>", "<>", '<"> "@x>', "App <a>"])
+def test_parameters_stand_behind_the_path(path: str) -> None:
+    parsed = parse("TO", f"TO:{path} notify=SUCCESS,failure ORCPT=rfc822;<b@x>  X-Vendor ENVID=")
+    assert parsed is not None
+    assert parsed.parameters == {
+        "NOTIFY": "SUCCESS,failure",
+        "ORCPT": "rfc822;<b@x>",
+        "X-VENDOR": "",
+        "ENVID": "",
+    }
+    assert parsed.options == ["NOTIFY=SUCCESS,failure", "ORCPT=rfc822;<b@x>", "X-VENDOR", "ENVID"]
+    alone = parse("TO", f"TO:{path}")
+    assert alone is not None
+    assert (parsed.address, parsed.faults) == (alone.address, alone.faults)
+
+
+@pytest.mark.parametrize("argument", ["", "FROM", "FROM:", "FROM: ", "FROM:<", "TO:<a@x>", "<a@x>"])
+def test_without_a_path_there_is_none(argument: str) -> None:
+    assert parse("FROM", argument) is None
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.text(st.characters(exclude_characters='<>"') | st.sampled_from("@. \\:"), max_size=40))
+def test_whatever_stands_in_brackets_is_taken_as_it_was_sent(text: str) -> None:
+    path = parse("FROM", f"FROM:<{text}> SIZE=1")
+    assert path is not None
+    assert (path.address, path.parameters) == (text.strip() or "<>", {"SIZE": "1"})
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=500)
+@given(st.lists(st.sampled_from(['"', "\\", "<", ">", "@", ".", " ", "=", "a", "é"])).map("".join))
+def test_an_address_is_always_a_part_of_what_was_sent(text: str) -> None:
+    path = parse("FROM", f"FROM:{text}")
+    assert path is None or path.address == "<>" or path.address in text
