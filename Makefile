@@ -73,7 +73,7 @@ clean-build: ## Remove what has been built.
 
 .PHONY: clean-venv
 clean-venv: ## Remove the environments.
-	rm -rf $(VENV) $(BENCH_VENV) benchmarks/.cache
+	rm -rf $(VENV) $(BENCH_VENV) .venv-clients benchmarks/.cache
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
