@@ -59,7 +59,7 @@ def parse(keyword: str, argument: str) -> Path | None:
     word, _, text = argument.partition(":")
     if word.rstrip().upper() != keyword:
         return None
-    faults = ["a space before the colon"] if word[-1].isspace() else []
+    faults: list[str] = []
     if match := _WELL_FORMED.fullmatch(text):
         address, rest = match.groups()
     elif match := _UNDERSTOOD.fullmatch(text):
@@ -68,9 +68,11 @@ def parse(keyword: str, argument: str) -> Path | None:
         faults += _faults(text, address, rest, brackets=closed is not None)
     else:
         return None
-    if len(address) > _LOCAL_PART_OCTETS // 4:  # A character has four octets at the most.
+    if word[-1].isspace():
+        faults.append("a space before the colon")
+    if len(address) > _LOCAL_PART_OCTETS or not address.isascii():
         faults += _excesses(address)
-    return Path(address.strip() or "<>", _parameters(rest), faults)
+    return Path(address.strip() or "<>", _parameters(rest) if rest else {}, faults)
 
 
 def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[str]:

@@ -60,13 +60,6 @@ class _CommandError(Exception):
     """A command cannot be carried out; the text is the reply."""
 
 
-def _path(command: str, argument: str | None) -> Path:
-    """Return the path in the *argument* of *command*, as in `MAIL FROM`."""
-    if path := parse(command[5:], argument or ""):
-        return path
-    raise _CommandError(f"501 Syntax: {command}:<address>")
-
-
 class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     """A quick session, which a stopping server can end without losing a mail that it holds.
 
@@ -403,13 +396,12 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
             raise _CommandError("503 Error: send HELO first")
         if self.envelope.mail_from:
             raise _CommandError("503 Error: nested MAIL command")
-        path = _path("MAIL FROM", argument)
+        self._reported: set[str] = set()
+        path = self._path("MAIL FROM", argument, self._parameters)
         size = path.parameters.get("SIZE", "")
         if self.data_size_limit and _SIZE.fullmatch(size) and int(size) > self.data_size_limit:
             raise _CommandError("552 Error: message size exceeds fixed maximum message size")
         self.envelope.smtp_utf8 = "SMTPUTF8" in path.parameters
-        self._reported: set[str] = set()
-        self._report(path, f"MAIL {argument}", self._parameters)
         status = await self._call_handler_hook("MAIL", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.mail_from = path.address
@@ -423,26 +415,35 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
             raise _CommandError("503 Error: need MAIL command")
         if len(self.envelope.rcpt_tos) >= _RECIPIENTS:
             raise _CommandError("452 4.5.3 Too many recipients")
-        path = _path("RCPT TO", argument)
-        self._report(path, f"RCPT {argument}", {})
+        path = self._path("RCPT TO", argument, {})
         status = await self._call_handler_hook("RCPT", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.rcpt_tos.append(path.address)
             status = "250 OK"
         await self.push(status)
 
-    def _report(self, path: Path, command: str, offered: Mapping[str, re.Pattern[str]]) -> None:
-        """Log what other servers may refuse of a *command*, everything once in a transaction."""
+    def _path(
+        self, command: str, argument: str | None, offered: Mapping[str, re.Pattern[str]]
+    ) -> Path:
+        """Return the path in the *argument* of *command*, as in `MAIL FROM`.
+
+        Log what other servers may refuse, everything once in a transaction. *offered* are the
+        parameters that clients may use after EHLO.
+        """
+        path = parse(command[5:], argument or "")
+        if path is None:
+            raise _CommandError(f"501 Syntax: {command}:<address>")
         faults = path.faults
         for keyword, value in path.parameters.items():
             pattern = offered.get(keyword) if self.session.extended_smtp else None
             if pattern is None or not pattern.fullmatch(value):
                 faults.append(keyword or "=")
-        if not path.address.isascii() and not self.envelope.smtp_utf8:
+        if not (path.address.isascii() or "SMTPUTF8" in path.parameters or self.envelope.smtp_utf8):
             faults.append("an address beyond ASCII without SMTPUTF8")
-        if news := [fault for fault in faults if fault not in self._reported]:
+        if faults and (news := [fault for fault in faults if fault not in self._reported]):
             self._reported.update(news)
-            self._warn(f"Servers may refuse {', '.join(news)} in: {command}")
+            self._warn(f"Servers may refuse {', '.join(news)} in: {command[:4]} {argument}")
+        return path
 
     def _warn(self, text: str) -> None:
         log.warning("%s: %s", self._peer, printable(text))
