@@ -48,6 +48,7 @@ _HANDSHAKE = 10
 
 # The replies to these may wait for those to the commands behind them (RFC 2920, section 3.2).
 _GROUPED = {b"MAIL", b"RCPT", b"RSET"}
+_GROUP_OCTETS = 4096
 
 # The values of the parameters of MAIL (RFC 1870, 6152, 6531 and 4954).
 _SIZE = re.compile(r"[0-9]{1,20}")
@@ -162,7 +163,9 @@ class SMTP(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         """
         reply = status if isinstance(status, bytes) else status.encode("utf-8", "backslashreplace")
         self._replies += reply + b"\r\n"
-        if self._over or (self._grouped and b"\n" in self._unread):
+        if self._over:
+            return
+        if self._grouped and b"\n" in self._unread and len(self._replies) < _GROUP_OCTETS:
             return
         transport = self._writer.transport
         transport.write(self._replies)
