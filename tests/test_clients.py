@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import email
 import email.policy
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,6 +142,16 @@ def test_a_client_verifies_the_server_and_the_log_tells_that_it_does_not_trust_i
     assert stored(tmp_path / "mails") == []
     assert [line for line in lines if " WARNING: " not in line] == lines[-1:]
     assert "does not trust the certificate" in lines[0]
+
+
+def test_the_readme_names_the_versions_that_are_tried() -> None:
+    requirements = (FOLDER / "requirements.txt").read_text()
+    versions = re.findall("==(.+)", requirements)
+    versions += json.loads((FOLDER / "package.json").read_text())["dependencies"].values()
+    readme = (FOLDER.parent.parent / "README.rst").read_text()
+    assert len(versions) == 5
+    for version in versions:
+        assert f"\n     - {version}\n" in readme
 
 
 @pytest.mark.parametrize("program", COMMANDS)
