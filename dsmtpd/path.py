@@ -15,7 +15,7 @@ _ATOM = r'[^\x00-\x20\x7f-\xa0()<>@,;:\\".\[\]\ud800-\udfff]+'
 _DOT_ATOM = rf"{_ATOM}(?:\.{_ATOM})*"
 _QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f"\\\ud800-\udfff]|\\[ -~])*"'
 _DOMAIN = rf"(?:{_DOT_ATOM}|\[[!-Z^-~]+\])"
-_ROUTE = rf"(?:@{_DOMAIN}(?:,@{_DOMAIN})*:)?"
+_ROUTE = "(?:@[^ <>]+:)?"  # which nobody follows (RFC 5321, appendix C)
 _MAILBOX = rf"(?:{_DOT_ATOM}|{_QUOTED_STRING})@{_DOMAIN}"
 _WELL_FORMED = re.compile(rf"<({_ROUTE}{_MAILBOX}|(?i:postmaster)|)>((?: .*)?)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import gethostname
@@ -123,6 +122,8 @@ def _make(context: ssl.SSLContext, interface: str) -> bytes:
 
 def _temporary() -> IO[bytes]:
     """Return a file that goes when it is closed."""
+    import tempfile  # noqa: PLC0415  # slow to import
+
     try:
         return tempfile.NamedTemporaryFile(prefix="dsmtpd-ca-", suffix=".pem")
     except OSError as error:
