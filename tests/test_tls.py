@@ -7,7 +7,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import trustme
@@ -21,24 +21,13 @@ from cryptography.hazmat.primitives.serialization import (
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
 from dsmtpd.tls import TLSError, certificate
-from tests.tools import MAIL, PATIENCE, Clock, Wire, troubles
+from tests.tools import MAIL, PATIENCE, Clock, Handler, Wire, troubles
 
 Way = Literal["starttls", "implicit"]
 BOTH: tuple[Way, ...] = ("starttls", "implicit")
 
 STARTTLS = Options(port=0, tls="starttls")
 IMPLICIT = Options(port=0, tls="implicit")
-
-
-class Handler:
-    """Keeps the envelopes that arrive."""
-
-    def __init__(self) -> None:
-        self.envelopes: list[Any] = []
-
-    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
-        self.envelopes.append(envelope)
-        return "250 OK"
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dsmtpd.options import Options
 from dsmtpd.protocol import SMTP
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import pytest
 
@@ -113,6 +113,41 @@ class Wire:
             received += octets
         self.socket.close()
         return received.splitlines()
+
+
+class Handler:
+    """Keeps the envelopes that arrive."""
+
+    def __init__(self) -> None:
+        self.envelopes: list[Any] = []
+
+    @property
+    def contents(self) -> list[bytes]:
+        return [envelope.content for envelope in self.envelopes]
+
+    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
+        self.envelopes.append(envelope)
+        return "250 OK"
+
+
+def converse(pieces: Iterable[bytes], handler: object, **parameters: Any) -> list[bytes]:
+    """Return the replies to *pieces*, which the session reads one by one."""
+
+    async def run() -> list[bytes]:
+        wire = Wire(handler, **parameters)
+        await wire.open()
+        for piece in pieces:
+            await wire.send(piece)
+        return await wire.replies()
+
+    return asyncio.run(run())
+
+
+def codes(replies: Iterable[bytes]) -> list[int]:
+    return [int(reply[:3]) for reply in replies]
+
+
+BEGIN = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n"
 
 
 class Daemon:
