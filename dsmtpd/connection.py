@@ -74,13 +74,6 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         asyncio.StreamReaderProtocol.__init__(twin, reader, connected, self.loop)
         return twin
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin the session."""
-        if self._implicit_tls:
-            # What comes is not for us, but for the handshake that the session begins with.
-            cast("asyncio.Transport", transport).pause_reading()
-        super().connection_made(transport)
-
     def connection_lost(self, error: Exception | None) -> None:
         """End the session, which may have ended already with its handshake; see `_start_tls`."""
         if self.transport is not None:
@@ -126,6 +119,7 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self._heard = self.loop.time()
         try:
             if self._implicit_tls:
+                # asyncio carries this out before it reads: what comes is for the handshake.
                 await self.start_tls()
             await self.push(f"220 {self.hostname} {self.__ident__}")
             while not self._ending:
