@@ -104,11 +104,11 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         """
         reply = status if isinstance(status, bytes) else status.encode("utf-8", "backslashreplace")
         self._replies += reply + b"\r\n"
-        if self._over:
-            return
         if self._may_wait and b"\n" in self._unread and len(self._replies) < _GROUP_OCTETS:
             return
         transport = self._writer.transport
+        if not self._can_reply(transport):
+            return
         transport.write(self._replies)
         self._replies = b""
         # A client that does not read has to wait; at the end, nobody waits for it.
@@ -236,7 +236,14 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     def _cut(self, reply: str) -> None:
         """Send a last *reply*, if the client reads it, and end the connection."""
         transport = self._writer.transport
-        # Not after the last reply, and not into a handshake, during which the protocol is another.
-        if not self._over and transport.get_protocol() is self:
+        if self._can_reply(transport):
             transport.write(self._replies + reply.encode() + b"\r\n")
         transport.abort()
+
+    def _can_reply(self, transport: asyncio.WriteTransport) -> bool:
+        """Tell whether there is somebody to reply to.
+
+        In a handshake the protocol of the transport is another, and after an end by TLS there is
+        none, which asyncio before Python 3.11 stumbles over.
+        """
+        return not self._over and transport.get_protocol() is self
