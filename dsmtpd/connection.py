@@ -58,7 +58,7 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self._delivering = False
         self._encrypted = False  # from the beginning of the handshake
         self._mute = False  # The client has not said anything since the handshake.
-        self._over = False  # Nobody reads replies any more.
+        self._over = False  # We have closed the connection.
         self._ending = False  # The server stops.
 
     def twin(self) -> Self:
@@ -94,8 +94,7 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Stay open for the replies to what the client sent before its end; TLS cannot do that."""
         self._reader.feed_eof()
-        self._over = self._encrypted
-        return not self._over
+        return not self._encrypted
 
     async def push(self, status: str | bytes) -> None:
         """Send the reply *status*, after those that wait.
@@ -182,9 +181,8 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
                 server_side=True,
                 ssl_handshake_timeout=_HANDSHAKE,
             )
-        except (OSError, asyncio.CancelledError) as error:
-            if isinstance(error, OSError):
-                self._warn(f"The TLS handshake has failed: {tls.failure(error)}")
+        except OSError as error:
+            self._warn(f"The TLS handshake has failed: {tls.failure(error)}")
             # Depending on Python's version and the failure, asyncio does not tell us.
             self.connection_lost(None)
             raise asyncio.CancelledError from None

@@ -69,7 +69,7 @@ def failure(error: OSError) -> str:
         reason = error.reason or str(error)
         words = reason.replace("_", " ").lower()
         # The alerts of RFC 8446, section 6.2, such as unknown_ca and bad_certificate.
-        if "ALERT" in reason and ("CA" in reason or "CERTIFICATE" in reason):
+        if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
             return f"the client does not trust the certificate ({words.partition('alert ')[2]})"
         return _REASONS.get(reason, words)
     if isinstance(error, ConnectionAbortedError):

@@ -204,7 +204,7 @@ def packets(group: bytes, count: int) -> list[bytes]:
 
 
 def test_the_replies_to_a_group_come_together() -> None:
-    group = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRSET\r\nNOOP\r\n" + b"RSET\r\n" * 7 + b"RS"
+    group = b"MAIL FROM:<a@x>\r\nrcpt TO:<b@x>\r\nRSET\r\nNOOP\r\n" + b"rset\r\n" * 7 + b"RS"
     # NOOP is answered at once (RFC 2920, section 3.2).
     assert packets(group, 2) == [b"250 OK\r\n" * 4, b"250 OK\r\n" * 7]
 
@@ -212,3 +212,46 @@ def test_the_replies_to_a_group_come_together() -> None:
 def test_the_replies_to_a_long_group_come_in_parts() -> None:
     for packet in packets(b"RSET\r\n" * 2000, 3):
         assert 4000 < len(packet) < 5000
+
+
+def test_the_replies_of_a_group_come_before_the_end() -> None:
+    async def run() -> bytes:
+        wire = Wire(Handler())
+        await wire.open()
+        await wire.send(b"HELO x\r\n")
+        await wire.loop.sock_recv(wire.socket, 65536)
+        await wire.send(b"RSET\r\n" * 100)
+        await wire.session.hang_up()
+        received = await wire.loop.sock_recv(wire.socket, 65536)
+        wire.socket.close()
+        return received
+
+    *replies, last, end = asyncio.run(run()).split(b"\r\n")
+    assert (last[:3], end) == (b"421", b"")
+    assert 0 < len(replies) < 100
+    assert set(replies) == {b"250 OK"}
+
+
+class Chatty:
+    """A handler that has much to say to each NOOP."""
+
+    noops = 0
+
+    async def handle_NOOP(self, *_: object) -> str:
+        self.noops += 1
+        return "250 " + "x" * 100_000
+
+
+def test_a_client_that_does_not_read_is_waited_for() -> None:
+    handler = Chatty()
+
+    async def run() -> None:
+        wire = Wire(handler)
+        await wire.open()
+        await wire.send(b"NOOP\r\n" * 200)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert handler.noops < 100
+        assert len(await wire.replies()) == 201
+
+    asyncio.run(run())

@@ -77,6 +77,8 @@ def test_a_mail_over_the_limit_is_refused_and_the_next_one_taken() -> None:
     ):
         client.ehlo()
         assert client.mail("a@example.com", ["size=101"])[0] == 552
+        assert client.mail("a@example.com", ["size=100"])[0] == 250
+        client.rset()
         client.mail("a@example.com")
         client.rcpt("b@example.com")
         assert client.data(b"x" * 99 + b"\r\n")[0] == 552
@@ -137,7 +139,8 @@ def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
         client.ehlo()
         assert client.mail(address)[0] == 250
         assert client.rcpt(address)[0] == 250
-        assert client.docmd("NOOP " + "x" * 994)[0] == 250
+        assert client.docmd("NOOP " + "x" * 996)[0] == 250
+        assert client.docmd("NOOP " + "x" * 997)[0] == 500
         assert client.rcpt("b" * 1000)[0] == 500
         assert client.noop()[0] == 250
 
@@ -281,28 +284,39 @@ def test_commands_out_of_order_are_refused() -> None:
 
 
 class Choosy(Handler):
-    """A handler that has a say in addresses."""
+    """A handler that has a say in addresses, and the last word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: list[list[str]] = []
 
     async def handle_MAIL(
-        self, _server: object, _session: object, envelope: Any, address: str, _options: list[str]
+        self, _server: object, _session: object, envelope: Any, address: str, options: list[str]
     ) -> str:
+        self.options.append(options)
         envelope.mail_from = address.upper()
         return "250 As you like"
 
     async def handle_RCPT(
-        self, _server: object, _session: object, envelope: Any, address: str, _options: list[str]
+        self, _server: object, _session: object, envelope: Any, address: str, options: list[str]
     ) -> str:
+        self.options.append(options)
         if address.startswith("b@"):
             return "550 Nobody"
         envelope.rcpt_tos.append(address)
         return "250 OK"
 
+    async def handle_QUIT(self, *_: object) -> str:
+        return "221 See you"
+
 
 def test_the_hooks_of_a_handler_have_their_say() -> None:
     handler = Choosy()
-    commands = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x>\r\nDATA\r\n.\r\n"
-    replies = converse([b"HELO x\r\n", commands], handler)
-    assert codes(replies) == [220, 250, 250, 550, 250, 354, 250]
+    envelope = b"MAIL FROM:<a@x> size=3\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x> X=y Z\r\n"
+    replies = converse([b"HELO x\r\n", envelope, b"DATA\r\n.\r\nQUIT\r\n"], handler)
+    assert codes(replies) == [220, 250, 250, 550, 250, 354, 250, 221]
+    assert (replies[2], replies[-1]) == (b"250 As you like", b"221 See you")
+    assert handler.options == [["SIZE=3"], [], ["X=y", "Z"]]
     assert (handler.envelopes[0].mail_from, handler.envelopes[0].rcpt_tos) == ("A@X", ["c@x"])
 
 
@@ -444,6 +458,29 @@ def test_a_parameter_that_is_not_offered_in_this_form_is_taken_and_told(
     assert warnings(caplog) == [f"Servers may refuse {keyword} in: {command}"]
 
 
+def test_smtputf8_holds_for_the_recipients(caplog: pytest.LogCaptureFixture) -> None:
+    say("MAIL FROM:<a@x> SMTPUTF8", "RCPT TO:<é@x>", "RSET", "MAIL FROM:<a@x>")
+    assert warnings(caplog) == []
+    say("MAIL FROM:<a@x> SMTPUTF8", "RSET", "MAIL FROM:<a@x>", "RCPT TO:<é@x>")
+    refused = "Servers may refuse an address beyond ASCII without SMTPUTF8 in: RCPT TO:<é@x>"
+    assert warnings(caplog) == [refused]
+
+
+def test_a_recipient_has_none_of_the_parameters_of_mail(caplog: pytest.LogCaptureFixture) -> None:
+    say("MAIL FROM:<a@x>", "RCPT TO:<b@x> SIZE=1")
+    assert warnings(caplog) == ["Servers may refuse SIZE in: RCPT TO:<b@x> SIZE=1"]
+
+
+def test_a_warning_names_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
+        client.ehlo()
+        client.docmd("MAIL FROM:a@x")
+        assert client.sock is not None
+        host, port = client.sock.getsockname()
+    (trouble,) = troubles(caplog)
+    assert trouble[1].startswith(f"{host}:{port}: Servers may refuse ")
+
+
 def test_after_helo_no_parameter_is_offered(caplog: pytest.LogCaptureFixture) -> None:
     assert codes(say("HELO x", "MAIL FROM:<a@x> SIZE=1")) == [250, 250]
     assert warnings(caplog) == ["Servers may refuse SIZE in: MAIL FROM:<a@x> SIZE=1"]
@@ -473,7 +510,7 @@ def test_the_10001st_recipient_is_refused_and_the_others_get_the_mail() -> None:
 
 
 def test_quit_has_no_argument() -> None:
-    assert codes(say("QUIT now", "NOOP", "QUIT")) == [501, 250, 221]
+    assert codes(say("QUIT now", "NOOP", "RSET  ", "QUIT  ")) == [501, 250, 250, 221]
 
 
 def test_vrfy_promises_nothing() -> None:
@@ -537,6 +574,8 @@ def test_any_credentials_are_taken_and_only_the_name_is_logged(
         (["AUTH PLAIN secret!"], b"501 5.5.2"),
         (["AUTH PLAIN", "secret!"], b"501 5.5.2"),
         (["AUTH PLAIN", "\udcff"], b"501 5.5.2"),
+        (["AUTH PLAIN \udcff"], b"501 5.5.2"),
+        (["AUTH PLAIN é"], b"501 5.5.2"),
         (["AUTH LOGIN", USER, "secret!"], b"501 5.5.2"),
         ([f"AUTH PLAIN {PASSWORD}"], b"501 5.5.2"),
         ([f"AUTH PLAIN {'A' * 12_292}"], b"500 5.5.6"),
@@ -562,7 +601,7 @@ def test_a_response_may_be_as_long_as_rfc_4954_says(caplog: pytest.LogCaptureFix
     name = "n" * 9000
     response = b64(f"\0{name}\0{'s' * 214}")
     assert len(response) == 12_288
-    assert codes(say(f"AUTH PLAIN {response}")) == [235]
+    assert codes(say(f"auth plain {response}")) == [235]
     assert codes(say("AUTH PLAIN", response)) == [334, 235]
     assert caplog.messages.count(f": {name} logged in by AUTH PLAIN") == 2
 
@@ -577,6 +616,7 @@ def test_auth_comes_once_and_before_a_mail() -> None:
     login = f"AUTH PLAIN {PLAIN}"
     assert codes(converse([f"{login}\r\n".encode()], Handler())) == [220, 503]
     assert codes(say("MAIL FROM:<a@x>", login, "RSET", login, login)) == [250, 503, 250, 235, 503]
+    assert codes(say("HELO x", login)) == [250, 235]
 
 
 def test_a_client_that_leaves_within_an_exchange_leaves_nothing(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import re
 import smtplib
 import socket
 import ssl
@@ -7,7 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import trustme
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
-from dsmtpd.tls import TLSError, certificate
+from dsmtpd.tls import TLSError, certificate, failure
 from tests.tools import MAIL, PATIENCE, Clock, Handler, Wire, troubles
 
 Way = Literal["starttls", "implicit"]
@@ -65,11 +67,24 @@ def connect(port: int, way: str, context: ssl.SSLContext, host: str = "localhost
     return client
 
 
+class Secret(Handler):
+    """Keeps the ciphers by which mails have come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ciphers: list[str] = []
+
+    async def handle_DATA(self, server: object, session: Any, envelope: object) -> str:
+        self.ciphers.append(session.ssl["cipher"][0])
+        return await super().handle_DATA(server, session, envelope)
+
+
 @pytest.mark.parametrize("way", BOTH)
 def test_mails_of_any_size_come_encrypted(
     way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    handler = Handler()
+    caplog.set_level(logging.INFO)
+    handler = Secret()
     large = b"x" * 98 + b"\r\n"
     with Listener(handler, Options(port=0, tls=way), context) as listener:
         with connect(listener.port, way, trusting(ca)) as client:
@@ -78,7 +93,10 @@ def test_mails_of_any_size_come_encrypted(
             client.sendmail("a@x", ["b@x"], large * 100_000)
         with connect(listener.port, way, trusting(ca)) as client:
             client.sendmail("a@x", ["b@x"], MAIL)
-    assert [envelope.content for envelope in handler.envelopes] == [MAIL, large * 100_000, MAIL]
+    assert handler.contents == [MAIL, large * 100_000, MAIL]
+    assert all(cipher.startswith("TLS_") for cipher in handler.ciphers)
+    login = r"127\.0\.0\.1:\d+: app logged in by AUTH PLAIN"
+    assert any(re.fullmatch(login, message) for message in caplog.messages)
     assert troubles(caplog) == []
 
 
@@ -126,9 +144,8 @@ def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, context: ssl.SSLCon
         client.login("app", "secret")
         client.mail("a@x")
         client.starttls(context=trusting(ca))
+        assert client.docmd("RCPT TO:<b@x>")[0] == 503  # for want of a MAIL
         assert client.docmd("MAIL FROM:<a@x>")[0] == 503  # for want of an EHLO
-        client.ehlo()
-        assert client.rcpt("b@x")[0] == 503  # for want of a MAIL
         assert client.login("app", "secret")[0] == 235
 
 
@@ -187,6 +204,30 @@ def test_a_client_that_does_not_trust_the_ca_is_told_of_and_the_next_one_served(
     assert failures(caplog) == ["the client does not trust the certificate (unknown ca)"]
 
 
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (
+            "TLSV1_ALERT_UNKNOWN_CA",
+            "the client does not trust the certificate (unknown ca)",
+        ),
+        (
+            "SSLV3_ALERT_BAD_CERTIFICATE",
+            "the client does not trust the certificate (bad certificate)",
+        ),
+        ("TLSV1_ALERT_USER_CANCELLED", "tlsv1 alert user cancelled"),
+        ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "peer did not return a certificate"),
+        ("UNSUPPORTED_PROTOCOL", "the client speaks nothing newer than TLS 1.1"),
+        ("NO_SHARED_CIPHER", "no shared cipher"),
+        (None, "anything"),
+    ],
+)
+def test_a_failure_is_told_in_a_few_words(reason: str | None, words: str) -> None:
+    error = ssl.SSLError(1, "anything")
+    error.reason = reason  # type: ignore[assignment]  # which it can lack
+    assert failure(error) == words
+
+
 PLAIN_TEXT = "the client speaks plain text"
 LEFT = "the client has left; perhaps it speaks plain text, or does not trust the certificate"
 
@@ -234,6 +275,7 @@ def test_a_client_that_keeps_the_handshake_waiting_is_cut(
         assert wire.session.transport is not None
         clock.ahead += 2
         await wire.send(b"")
+        assert wire.session.transport is None
         return await wire.replies()
 
     replies = clock.run_until_complete(run())
@@ -244,12 +286,13 @@ def test_a_client_that_keeps_the_handshake_waiting_is_cut(
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_server_that_stops_tells_its_clients_by_tls(
-    way: Way, ca: trustme.CA, context: ssl.SSLContext
+    way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Listener(Handler(), Options(port=0, tls=way), context) as listener:
         client = connect(listener.port, way, trusting(ca))
     assert client.getreply()[0] == 421
     client.close()
+    assert troubles(caplog) == []
 
 
 @pytest.mark.parametrize("way", BOTH)
