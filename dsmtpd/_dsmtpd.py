@@ -16,7 +16,7 @@ from dsmtpd.maildir import count_mails, create_maildir, deliver, ensure_maildir,
 from dsmtpd.message import LINE_OCTETS, Message, endpoint, printable
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
-from dsmtpd.tls import TLSError, certificate
+from dsmtpd.tls import TLSError, ca_file, certificate
 
 if TYPE_CHECKING:
     import os
@@ -121,11 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse_args(argv)
             with _storage(options.directory):
                 handler = DsmtpdHandler(options.directory)
+            shown = certificate(options)
             with (
-                certificate(options) as shown,
-                Listener(handler, options, shown and shown.context) as listener,
+                Listener(handler, options, shown.context) as listener,
+                # Not before it listens: the clients of another dsmtpd may need the file.
+                ca_file(shown.ca, options.tls_ca) as ca,
             ):
-                _announce(options, listener.port, shown and shown.ca)
+                _announce(options, listener.port, ca)
                 signal.sigwait(stopping)
     except (UsageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))

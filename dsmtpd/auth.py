@@ -26,7 +26,7 @@ def _plain() -> Exchange:
         _, name, _ = (yield b"").split(b"\0")
     except ValueError:
         raise AuthError("501 5.5.2 PLAIN takes three values") from None
-    return name.decode("utf-8", "backslashreplace")
+    return _text(name)
 
 
 def _login() -> Exchange:
@@ -34,6 +34,13 @@ def _login() -> Exchange:
     # What all servers ask, and some clients look for, instead of the draft's "User Name".
     name = yield b"Username:"
     yield b"Password:"
+    if b"\0" in name:
+        # It is what PLAIN takes, with a password that the log would show.
+        raise AuthError("501 5.5.2 LOGIN takes a name without NUL")
+    return _text(name)
+
+
+def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 

@@ -105,14 +105,22 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         self._replies += reply + b"\r\n"
         if self._may_wait and b"\n" in self._unread and len(self._replies) < _GROUP_OCTETS:
             return
-        transport = self._writer.transport
-        if not self._can_reply(transport):
-            return
-        transport.write(self._replies)
-        self._replies = b""
         # A client that does not read has to wait; at the end, nobody waits for it.
-        if transport.get_write_buffer_size() and not self._ending:
+        if self._flush() and not self._ending:
             await self._writer.drain()
+
+    def _flush(self) -> int:
+        """Send the replies that wait; return how many octets are not on their way then.
+
+        In a handshake the protocol of the transport is another, and after an end by TLS there is
+        none, which asyncio before Python 3.11 stumbles over.
+        """
+        transport = self._writer.transport
+        replies, self._replies = self._replies, b""
+        if self._over or transport.get_protocol() is not self:
+            return 0
+        transport.write(replies)
+        return transport.get_write_buffer_size()
 
     async def _handle_client(self) -> None:
         self._heard = self.loop.time()
@@ -137,6 +145,7 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
                 )
         finally:
             if not self._ending:
+                self._flush()
                 self._over = True
                 self._writer.close()
 
@@ -233,15 +242,6 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
 
     def _cut(self, reply: str) -> None:
         """Send a last *reply*, if the client reads it, and end the connection."""
-        transport = self._writer.transport
-        if self._can_reply(transport):
-            transport.write(self._replies + reply.encode() + b"\r\n")
-        transport.abort()
-
-    def _can_reply(self, transport: asyncio.WriteTransport) -> bool:
-        """Tell whether there is somebody to reply to.
-
-        In a handshake the protocol of the transport is another, and after an end by TLS there is
-        none, which asyncio before Python 3.11 stumbles over.
-        """
-        return not self._over and transport.get_protocol() is self
+        self._replies += reply.encode() + b"\r\n"
+        self._flush()
+        self._writer.transport.abort()

@@ -62,5 +62,7 @@ def configure() -> None:
     handler = StderrHandler()
     handler.setFormatter(Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # aiosmtpd tells every command, and its warnings quote the client's bytes as they came.
-    logging.getLogger("mail.log").setLevel(logging.ERROR)
+    # aiosmtpd tells every command, and its warnings quote the client's bytes as they came. asyncio
+    # warns of each reply to a client that has left.
+    for name in ("mail.log", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ _WELL_FORMED = re.compile(rf"<({_ROUTE}{_MAILBOX}|(?i:postmaster)|)>((?: .*)?)")
 _ANY = r'(?:"(?:[^"\\]|\\.)*"|[^">])*'
 _BRACKETS = rf"<({_ANY}(?=>\s|>$)|.*?(?=>\s|>$)|[^>]*)>"
 _BARE = r'([^<>=]*<[^>]*>|(?:"(?:[^"\\]|\\.)*")?[^<\s]+)'
-_UNDERSTOOD = re.compile(rf"\s*(?:{_BRACKETS}|<(\S+)|{_BARE})(.*)", re.DOTALL)
+_UNDERSTOOD = re.compile(rf"(?:{_BRACKETS}|<(\S+)|{_BARE})(.*)", re.DOTALL)
 
 # RFC 5321, sections 4.5.3.1.1 and 4.5.3.1.3. The angle brackets count.
 _LOCAL_PART_OCTETS = 64
@@ -62,7 +62,7 @@ def parse(keyword: str, argument: str) -> Path | None:
     faults: list[str] = []
     if match := _WELL_FORMED.fullmatch(text):
         address, rest = match.groups()
-    elif match := _UNDERSTOOD.fullmatch(text):
+    elif match := _UNDERSTOOD.fullmatch(text.lstrip()):
         closed, opened, bare, rest = match.groups()
         address = closed if closed is not None else opened or bare
         faults += _faults(text, address, rest, brackets=closed is not None)

@@ -82,19 +82,23 @@ class SMTP(Connection):
 
     async def _answer(self, line: bytes) -> None:
         """Carry out the command in *line* (RFC 5321, section 4.1.1), or refuse it."""
-        self._may_wait = line[:4].upper() in _GROUPED
+        self._may_wait = line.partition(b" ")[0].upper() in _GROUPED
         try:
             method, argument = self._command(line)
             await method(argument)
         except (_CommandError, auth.AuthError) as error:
-            await self.push(str(error))
-            if self._unknown_commands == _UNKNOWN_COMMANDS:
-                raise asyncio.CancelledError from None
+            status = str(error)
         except Exception as error:
             if isinstance(error, asyncio.IncompleteReadError) and self._reader.at_eof():
                 raise
             # A hook's, which is not to end the session.
-            await self.push(await self.handle_exception(error))
+            status = await self.handle_exception(error)
+        else:
+            return
+        # Not above, where the traceback of another error would show what the client has sent.
+        await self.push(status)
+        if self._unknown_commands == _UNKNOWN_COMMANDS:
+            raise asyncio.CancelledError
 
     def _command(self, line: bytes) -> tuple[Command, str | None]:
         """Return what carries out the command in *line*, and its argument.

@@ -34,33 +34,37 @@ class TLSError(Exception):
 class Certificate(NamedTuple):
     """What clients are shown.
 
-    *context*: holds the certificate and its key.
-    *ca*: the file of the CA, when both have been made.
+    *context*: holds the certificate and its key; None without TLS.
+    *ca*: the certificate of the CA in PEM, when all this has been made.
     """
 
-    context: ssl.SSLContext
-    ca: str | None
+    context: ssl.SSLContext | None
+    ca: bytes | None
+
+
+def certificate(options: Options) -> Certificate:
+    """Return the certificate that *options* name, or make one; raises `TLSError`."""
+    if options.tls is None:
+        return Certificate(None, None)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if options.tls_cert is None:
+        return Certificate(context, _make(context, options.interface))
+    _load(context, options.tls_cert, options.tls_key)
+    return Certificate(context, None)
 
 
 @contextmanager
-def certificate(options: Options) -> Iterator[Certificate | None]:
-    """Lend the certificate that *options* ask for, or None when they do not ask for TLS.
+def ca_file(ca: bytes | None, path: str | None) -> Iterator[str | None]:
+    """Lend the name of a file with *ca*, if there is one: *path*, which stays, or a temporary file.
 
-    A temporary CA file is removed at the end of the `with` block. Raises `TLSError`.
+    Raises `TLSError`.
     """
-    if options.tls is None:
-        yield None
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if options.tls_cert is not None:
-        _load(context, options.tls_cert, options.tls_key)
-        yield Certificate(context, None)
-        return
     with ExitStack() as stack:
-        path = options.tls_ca or stack.enter_context(_temporary()).name
-        _write(path, _MARK + _make(context, options.interface))
-        yield Certificate(context, path)
+        if ca is not None:
+            path = path or stack.enter_context(_temporary()).name
+            _write(path, _MARK + ca)
+        yield path
 
 
 def failure(error: OSError) -> str:
@@ -101,8 +105,10 @@ def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
         return cert, str(unreadable.strerror)
     if not isinstance(error, ssl.SSLError):
         return key, str(error.strerror)
-    if error.reason == "KEY_VALUES_MISMATCH":
+    if error.reason in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
         return key, f"Not the private key of the certificate in {cert}"
+    if error.reason is not None:
+        return cert, f"OpenSSL says {error.reason.replace('_', ' ').lower()}"
     return key, "No private key in PEM"
 
 

@@ -44,6 +44,14 @@ def test_login_asks_for_the_name_and_then_for_the_password() -> None:
     assert log_in("LOGIN", b"\xff", b"secret")[1] == r"\xff"
 
 
+def test_login_takes_no_response_of_plain_for_a_name() -> None:
+    exchange = MECHANISMS["LOGIN"]()
+    next(exchange)
+    exchange.send(b"\0app\0secret")
+    with pytest.raises(AuthError, match=r"^501 5\.5\.2 "):
+        exchange.send(b"")
+
+
 @pytest.mark.parametrize(
     ("response", "octets"),
     [

@@ -102,10 +102,6 @@ def test_ipv6_is_shown_in_brackets(start: Start) -> None:
             ["--tls", "starttls", "--tls-cert", "/no.such.pem"],
             "Cannot use /no.such.pem: No such file or directory",
         ),
-        (
-            ["--tls", "implicit", "--tls-ca", "/no/ca.pem"],
-            "Cannot write the CA to /no/ca.pem: No such file or directory",
-        ),
     ],
 )
 def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
@@ -126,6 +122,19 @@ def test_the_log_names_the_ca_that_clients_may_trust(start: Start, way: str, wor
     assert ssl.create_default_context(cafile=ca).cert_store_stats()["x509_ca"] == 1
     assert daemon.end(signal.SIGTERM)[0] == 0
     assert not Path(ca).exists()
+
+
+def test_a_start_that_fails_leaves_the_ca_of_another_server(start: Start, tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    port = start("-p", "0", "--tls", "starttls", "--tls-ca", str(ca)).port()
+    content = ca.read_bytes()
+    code, _ = start("-p", str(port), "--tls", "starttls", "--tls-ca", str(ca)).failure()
+    assert (code, ca.read_bytes()) == (1, content)
+
+
+def test_a_ca_file_that_cannot_be_written_is_one_line_and_exit_code_2(start: Start) -> None:
+    line = "Cannot write the CA to /no/ca.pem: No such file or directory"
+    assert start("-p", "0", "--tls", "implicit", "--tls-ca", "/no/ca.pem").failure() == (2, line)
 
 
 def test_without_auth_none_is_offered(start: Start) -> None:

@@ -331,6 +331,14 @@ class Failing:
             raise self.errors.pop(0)
         return "250 OK"
 
+    async def handle_RCPT(
+        self, _server: object, _session: object, envelope: Any, address: str, _options: object
+    ) -> str:
+        if address == "fail@x":
+            raise self.errors.pop(0)
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
     async def handle_exception(self, error: Exception) -> str:
         if self.errors:
             raise self.errors.pop(0)
@@ -348,6 +356,12 @@ def test_after_a_mail_that_the_handler_fails_at_the_next_one_is_taken(error: Exc
             client.mail("a@x")
             client.rcpt("b@x")
             assert client.data(MAIL)[0] == code
+
+
+def test_a_session_whose_failure_cannot_be_handled_ends_with_the_replies_to_its_group() -> None:
+    handler = Failing(KeyError("first"), KeyError("then"))
+    group = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nRCPT TO:<fail@x>\r\nRSET\r\n"
+    assert codes(converse([b"HELO x\r\n" + group], handler)) == [220, 250, 250, 250]
 
 
 def test_a_session_whose_failure_cannot_be_handled_ends() -> None:
@@ -526,6 +540,12 @@ def test_a_group_of_commands_is_answered_in_order_whatever_fails_in_it() -> None
     data = [250, 501, 503, 250, 354]
     assert codes(replies)[-13:] == [*data, 250, 250, *data, 250, 221][-13:]
     assert handler.contents == [b"Hi\r\n", b""]
+
+
+@pytest.mark.parametrize("command", [b"MAILX", b"RSETS a"])
+def test_the_replies_to_a_group_come_whatever_ends_it(command: bytes) -> None:
+    octets = b"EHLO x\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\n" + (command + b"\r\n") * 5
+    assert codes(converse([octets + b"NOOP\r\n"], Handler()))[-7:] == [250, 250, *[500] * 4, 502]
 
 
 def test_data_at_the_end_of_a_group_without_a_recipient_takes_no_mail() -> None:

@@ -8,21 +8,26 @@ import ssl
 import sys
 import tempfile
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
+    NoEncryption,
     PrivateFormat,
     load_pem_private_key,
 )
 
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
-from dsmtpd.tls import TLSError, certificate, failure
+from dsmtpd.tls import TLSError, ca_file, certificate, failure
 from tests.tools import MAIL, PATIENCE, Clock, Handler, Wire, troubles
 
 Way = Literal["starttls", "implicit"]
@@ -337,87 +342,100 @@ def agree(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | No
     return ends[0].version()
 
 
+def made(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return what a server shows by *options*, and what a client goes by that trusts its CA."""
+    context, ca = certificate(options)
+    assert context is not None
+    assert ca is not None
+    return context, ssl.create_default_context(cadata=ca.decode())
+
+
 @pytest.mark.parametrize(
     "name", ["localhost", "127.0.0.1", "::1", socket.gethostname(), "192.0.2.1", "mail.example"]
 )
 def test_a_made_certificate_is_for_the_names_of_the_host_and_the_interface(name: str) -> None:
     interface = name if name in {"192.0.2.1", "mail.example"} else "my_host"
-    with certificate(Options(tls="starttls", interface=interface)) as shown:
-        assert shown is not None
-        trust = ssl.create_default_context(cafile=shown.ca)
-        assert agree(shown.context, trust, name) == "TLSv1.3"
-        with pytest.raises(ssl.SSLCertVerificationError):
-            agree(shown.context, trust, "other.example")
+    server, trust = made(Options(tls="starttls", interface=interface))
+    assert agree(server, trust, name) == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        agree(server, trust, "other.example")
 
 
 @pytest.mark.skipif(not ssl.HAS_TLSv1_1, reason="OpenSSL has no TLS 1.1 any more")
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
 def test_nothing_older_than_tls_1_2_is_spoken() -> None:
-    with certificate(STARTTLS) as shown:
-        assert shown is not None
-        client = ssl.create_default_context(cafile=shown.ca)
-        client.maximum_version = ssl.TLSVersion.TLSv1_2
-        assert agree(shown.context, client, "localhost") == "TLSv1.2"
-        client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_1
-        client.set_ciphers("ALL:@SECLEVEL=0")
-        with pytest.raises(ssl.SSLError, match="UNSUPPORTED_PROTOCOL"):
-            agree(shown.context, client, "localhost")
+    server, client = made(STARTTLS)
+    server.set_ciphers("ALL:@SECLEVEL=0")
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert agree(server, client, "localhost") == "TLSv1.2"
+    client.minimum_version = client.maximum_version = ssl.TLSVersion.TLSv1_1
+    client.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.raises(ssl.SSLError, match="UNSUPPORTED_PROTOCOL"):
+        agree(server, client, "localhost")
 
 
-def test_without_tls_there_is_no_certificate() -> None:
-    with certificate(Options()) as shown:
-        assert shown is None
+def test_without_tls_there_is_nothing_to_show() -> None:
+    context, ca = certificate(Options())
+    assert context is None
+    with ca_file(ca, None) as file:
+        assert file is None
 
 
 def test_a_temporary_ca_file_goes_with_the_server() -> None:
-    with certificate(STARTTLS) as shown:
-        assert shown is not None
-        assert shown.ca is not None
-        assert Path(shown.ca).is_file()
-    assert not Path(shown.ca).exists()
+    with ca_file(b"ca", None) as file:
+        assert file is not None
+        assert Path(file).read_bytes().endswith(b"\nca")
+    assert not Path(file).exists()
 
 
 def test_the_ca_file_that_is_asked_for_stays_and_is_replaced_by_the_next_start(
     tmp_path: Path,
 ) -> None:
-    file = tmp_path / "ca.pem"
-    file.touch()
-    for _ in range(2):
-        with certificate(Options(tls="implicit", tls_ca=str(file))) as shown:
-            assert shown is not None
-            assert shown.ca == str(file)
-            trust = ssl.create_default_context(cafile=str(file))
-            assert agree(shown.context, trust, "localhost") == "TLSv1.3"
-        assert file.exists()
-
-
-def refusal(**options: str) -> str:
-    """Return why there is no certificate for *options*."""
-    with pytest.raises(TLSError) as raised, certificate(Options(tls="starttls", **options)):  # type: ignore[arg-type]
-        pass
-    return str(raised.value)
+    path = tmp_path / "ca.pem"
+    path.touch()
+    for content in (b"one", b"another"):
+        with ca_file(content, str(path)) as file:
+            assert file == str(path)
+        assert path.read_bytes().endswith(b"\n" + content)
 
 
 def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trustme.CA) -> None:
     file = tmp_path / "ca.pem"
     ca.cert_pem.write_to_path(file)
-    line = f"Cannot write the CA to {file}: It has been written by another program"
-    assert refusal(tls_ca=str(file)) == line
+    with (
+        pytest.raises(TLSError, match=r"It has been written by another program$"),
+        ca_file(b"ca", str(file)),
+    ):
+        pass
     assert file.read_bytes() == ca.cert_pem.bytes()
 
 
-def test_a_ca_file_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "missing" / "ca.pem"
-    assert refusal(tls_ca=str(file)) == f"Cannot write the CA to {file}: No such file or directory"
-    line = f"Cannot write the CA to {tmp_path}: Is a directory"
-    assert refusal(tls_ca=str(tmp_path)) == line
+@pytest.mark.parametrize(
+    ("path", "reason"), [("missing/ca.pem", "No such file or directory"), (".", "Is a directory")]
+)
+def test_a_ca_file_that_cannot_be_written_is_told_in_one_line(
+    path: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TLSError) as raised, ca_file(b"ca", str(tmp_path / path)):
+        pass
+    assert str(raised.value) == f"Cannot write the CA to {tmp_path / path}: {reason}"
 
 
 def test_a_temporary_file_that_cannot_be_made_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    assert refusal() == "Cannot write the CA to a temporary file: No such file or directory"
+    with pytest.raises(TLSError) as raised, ca_file(b"ca", None):
+        pass
+    line = "Cannot write the CA to a temporary file: No such file or directory"
+    assert str(raised.value) == line
+
+
+def refusal(**options: str) -> str:
+    """Return why there is no certificate for *options*."""
+    with pytest.raises(TLSError) as raised:
+        certificate(Options(tls="starttls", **options))  # type: ignore[arg-type]
+    return str(raised.value)
 
 
 def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,10 +474,10 @@ def test_a_certificate_may_be_named(
     names: tuple[str, str | None], files: Path, ca: trustme.CA
 ) -> None:
     cert, key = (name and str(files / name) for name in names)
-    with certificate(Options(tls="starttls", tls_cert=cert, tls_key=key)) as shown:
-        assert shown is not None
-        assert shown.ca is None
-        assert agree(shown.context, trusting(ca), "named.example") == "TLSv1.3"
+    context, made_ca = certificate(Options(tls="starttls", tls_cert=cert, tls_key=key))
+    assert context is not None
+    assert made_ca is None
+    assert agree(context, trusting(ca), "named.example") == "TLSv1.3"
 
 
 @pytest.mark.parametrize(
@@ -488,9 +506,27 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(
 
 
 def test_a_certificate_without_its_key_is_told_in_one_line(files: Path) -> None:
-    assert (
-        refusal(tls_cert=str(files / "cert")) == f"Cannot use {files}/cert: No private key in PEM"
-    )
+    line = f"Cannot use {files}/cert: No private key in PEM"
+    assert refusal(tls_cert=str(files / "cert")) == line
+
+
+def test_a_key_of_another_kind_is_told_in_one_line(files: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    other = trustme.CA().issue_cert("x.example", key_type=trustme.KeyType.RSA)
+    other.private_key_pem.write_to_path(key)
+    line = f"Cannot use {key}: Not the private key of the certificate in {files}/cert"
+    assert refusal(tls_cert=str(files / "cert"), tls_key=str(key)) == line
+
+
+def test_a_key_that_is_too_small_for_openssl_is_told_in_one_line(tmp_path: Path) -> None:
+    cert = tmp_path / "cert"
+    key = rsa.generate_private_key(65537, 1024)  # noqa: S505  # the point of the test
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x.example")])
+    year = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, year, year)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    cert.write_bytes(pem + builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    assert refusal(tls_cert=str(cert)) == f"Cannot use {cert}: OpenSSL says ee key too small"
 
 
 @pytest.mark.parametrize("way", BOTH)
