@@ -122,7 +122,11 @@ def _make(context: ssl.SSLContext, interface: str) -> bytes:
         ) from None
     ca = trustme.CA(organization_name="dsmtpd")
     names = dict.fromkeys(("localhost", "127.0.0.1", "::1", gethostname(), interface))
-    ca.issue_cert(*(name for name in names if _can_be_certified(ca, name))).configure_cert(context)
+    made = ca.issue_cert(*(name for name in names if _can_be_certified(ca, name)))
+    try:
+        made.configure_cert(context)  # by way of a temporary file
+    except OSError as error:
+        raise TLSError(f"Cannot make a certificate: {error.strerror}") from error
     return ca.cert_pem.bytes()
 
 

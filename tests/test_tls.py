@@ -421,6 +421,13 @@ def test_a_ca_file_that_cannot_be_written_is_told_in_one_line(
     assert str(raised.value) == f"Cannot write the CA to {tmp_path / path}: {reason}"
 
 
+def refusal(**options: str) -> str:
+    """Return why there is no certificate for *options*."""
+    with pytest.raises(TLSError) as raised:
+        certificate(Options(tls="starttls", **options))  # type: ignore[arg-type]
+    return str(raised.value)
+
+
 def test_a_temporary_file_that_cannot_be_made_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -429,13 +436,7 @@ def test_a_temporary_file_that_cannot_be_made_is_told_in_one_line(
         pass
     line = "Cannot write the CA to a temporary file: No such file or directory"
     assert str(raised.value) == line
-
-
-def refusal(**options: str) -> str:
-    """Return why there is no certificate for *options*."""
-    with pytest.raises(TLSError) as raised:
-        certificate(Options(tls="starttls", **options))  # type: ignore[arg-type]
-    return str(raised.value)
+    assert refusal() == "Cannot make a certificate: No such file or directory"
 
 
 def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
