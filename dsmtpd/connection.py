@@ -74,11 +74,6 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         asyncio.StreamReaderProtocol.__init__(twin, reader, connected, self.loop)
         return twin
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """End the session, which may have ended already with its handshake; see `start_tls`."""
-        if self.transport is not None:  # pragma: no branch  # Python 3.10 tells of no end twice
-            super().connection_lost(error)
-
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # asyncio's
         """Lend the buffer that the sessions of a loop share.
 
@@ -192,7 +187,7 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
             )
         except OSError as error:
             self._warn(f"The TLS handshake has failed: {tls.failure(error)}")
-            # Depending on Python's version and the failure, asyncio does not tell us.
+            # Depending on Python's version and the failure, asyncio tells us, too, or does not.
             self.connection_lost(None)
             raise asyncio.CancelledError from None
         peer = self.session.peer
