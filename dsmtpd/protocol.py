@@ -59,7 +59,7 @@ class SMTP(Connection):
     """
 
     # Private names of aiosmtpd. There are no public ones for the hooks of the handler
-    # (`_call_handler_hook`) and the end of a transaction (`_set_rset_state`,
+    # (`_call_handler_hook`, `_handle_hooks`) and the end of a transaction (`_set_rset_state`,
     # `_set_post_data_state`).
 
     def __init__(self, handler: object, *, offers_auth: bool = True, **parameters: Any) -> None:
@@ -82,7 +82,6 @@ class SMTP(Connection):
 
     async def _answer(self, line: bytes) -> None:
         """Carry out the command in *line* (RFC 5321, section 4.1.1), or refuse it."""
-        self._may_wait = line.partition(b" ")[0].upper() in _GROUPED
         try:
             method, argument = self._command(line)
             await method(argument)
@@ -106,6 +105,7 @@ class SMTP(Connection):
         Raises `_CommandError` when there is no such command.
         """
         verb, _, argument = line.partition(b" ")
+        self._may_wait = verb.upper() in _GROUPED
         if len(line) > _COMMAND_OCTETS and verb.upper() != b"AUTH":
             raise _CommandError("500 Command line too long")
         if not verb.isalpha():
@@ -242,7 +242,9 @@ class SMTP(Connection):
         if self.data_size_limit and _SIZE.fullmatch(size) and int(size) > self.data_size_limit:
             raise _CommandError("552 Error: message size exceeds fixed maximum message size")
         self.envelope.smtp_utf8 = "SMTPUTF8" in path.parameters
-        status = await self._call_handler_hook("MAIL", path.address, path.options)
+        status: Any = aiosmtpd.smtp.MISSING
+        if "MAIL" in self._handle_hooks:
+            status = await self._call_handler_hook("MAIL", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.mail_from = path.address
             status = "250 OK"
@@ -256,7 +258,9 @@ class SMTP(Connection):
         if len(self.envelope.rcpt_tos) >= _RECIPIENTS:
             raise _CommandError("452 4.5.3 Too many recipients")
         path = self._path("RCPT TO", argument, {})
-        status = await self._call_handler_hook("RCPT", path.address, path.options)
+        status: Any = aiosmtpd.smtp.MISSING
+        if "RCPT" in self._handle_hooks:
+            status = await self._call_handler_hook("RCPT", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.rcpt_tos.append(path.address)
             status = "250 OK"
@@ -273,6 +277,8 @@ class SMTP(Connection):
         path = parse(command[5:], argument or "")
         if path is None:
             raise _CommandError(f"501 Syntax: {command}:<address>")
+        if not path.parameters and not path.faults and path.address.isascii():
+            return path  # as most are
         faults = path.faults
         for keyword, value in path.parameters.items():
             pattern = offered.get(keyword) if self.session.extended_smtp else None
