@@ -90,7 +90,8 @@ def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[s
 def _excesses(address: str) -> Iterator[str]:
     """Yield what of *address* is longer than other servers must take."""
     octets = address.encode("utf-8", "surrogateescape")
-    if len(octets.rpartition(b"@")[0]) > _LOCAL_PART_OCTETS:
+    mailbox = octets.partition(b":")[2] if address.startswith("@") else octets
+    if len(mailbox.rpartition(b"@")[0]) > _LOCAL_PART_OCTETS:
         yield f"a local part of more than {_LOCAL_PART_OCTETS} octets"
     if len(octets) + len("<>") > _PATH_OCTETS:
         yield f"a path of more than {_PATH_OCTETS} octets"

@@ -247,6 +247,7 @@ class SMTP(Connection):
             status = await self._call_handler_hook("MAIL", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.mail_from = path.address
+            self.envelope.mail_options.extend(path.options)
             status = "250 OK"
         await self.push(status)
 
@@ -263,6 +264,7 @@ class SMTP(Connection):
             status = await self._call_handler_hook("RCPT", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.rcpt_tos.append(path.address)
+            self.envelope.rcpt_options.extend(path.options)
             status = "250 OK"
         await self.push(status)
 

@@ -105,7 +105,7 @@ def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
         return cert, str(unreadable.strerror)
     if not isinstance(error, ssl.SSLError):
         return key, str(error.strerror)
-    if error.reason in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
+    if error.reason in {"KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}:
         return key, f"Not the private key of the certificate in {cert}"
     if error.reason is not None:
         return cert, f"OpenSSL says {error.reason.replace('_', ' ').lower()}"

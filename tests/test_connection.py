@@ -209,6 +209,11 @@ def test_the_replies_to_a_group_come_together() -> None:
     assert packets(group, 2) == [b"250 OK\r\n" * 4, b"250 OK\r\n" * 7]
 
 
+def test_a_reply_to_no_command_of_a_group_does_not_wait() -> None:
+    refused = b'500 Error: command "RSETX" not recognized\r\n'
+    assert packets(b"RSETX\r\n" + b"RSET\r\n" * 7 + b"RS", 2) == [refused, b"250 OK\r\n" * 7]
+
+
 def test_the_replies_to_a_long_group_come_in_parts() -> None:
     for packet in packets(b"RSET\r\n" * 2000, 3):
         assert 4000 < len(packet) < 5000

@@ -51,11 +51,12 @@ def test_the_time_of_a_record_is_that_of_logging_also_within_a_second() -> None:
         assert ours.format(line) == theirs.format(line)
 
 
-def test_aiosmtpd_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["mail.log", "asyncio"])
+def test_aiosmtpd_and_asyncio_are_quiet(capsys: pytest.CaptureFixture[str], name: str) -> None:
     with root():
         logs.configure()
-        logging.getLogger("mail.log").warning("unrecognised: \x1b")
-        logging.getLogger("mail.log").error("told")
+        logging.getLogger(name).warning("unrecognised: \x1b")
+        logging.getLogger(name).error("told")
     assert re.fullmatch(r"\S+ \S+ ERROR: told\n", capsys.readouterr().err)
 
 

@@ -148,6 +148,10 @@ def test_a_command_line_may_be_longer_than_a_real_server_must_take() -> None:
 def test_help_tells_what_is_offered() -> None:
     with Listener(Handler(), FREE) as listener, connect(listener.port) as client:
         assert client.docmd("HELP EHLO") == (250, b"Syntax: EHLO hostname")
+        client.ehlo()
+        assert client.help("AUTH") == b"Syntax: AUTH mechanism [initial-response]"
+        assert client.help("MAIL") == b"Syntax: MAIL FROM:<address> [SP <mail-parameters>]"
+        assert client.help("RCPT") == b"Syntax: RCPT TO:<address> [SP <rcpt-parameters>]"
         commands = client.help().split()
         assert b"AUTH" in commands
         assert b"STARTTLS" not in commands
@@ -307,7 +311,7 @@ class Choosy(Handler):
         return "250 OK"
 
     async def handle_QUIT(self, *_: object) -> str:
-        return "221 See you"
+        return "221 See you \udcff"
 
 
 def test_the_hooks_of_a_handler_have_their_say() -> None:
@@ -315,7 +319,7 @@ def test_the_hooks_of_a_handler_have_their_say() -> None:
     envelope = b"MAIL FROM:<a@x> size=3\r\nRCPT TO:<b@x>\r\nRCPT TO:<c@x> X=y Z\r\n"
     replies = converse([b"HELO x\r\n", envelope, b"DATA\r\n.\r\nQUIT\r\n"], handler)
     assert codes(replies) == [220, 250, 250, 550, 250, 354, 250, 221]
-    assert (replies[2], replies[-1]) == (b"250 As you like", b"221 See you")
+    assert (replies[2], replies[-1]) == (b"250 As you like", rb"221 See you \udcff")
     assert handler.options == [["SIZE=3"], [], ["X=y", "Z"]]
     assert (handler.envelopes[0].mail_from, handler.envelopes[0].rcpt_tos) == ("A@X", ["c@x"])
 
@@ -458,6 +462,8 @@ def test_parameters_that_are_not_offered_are_taken_and_told(
         ("SIZE", {}),
         ("SIZE=-1", {}),
         ("SIZE=²", {}),
+        ("SIZE=٣", {}),
+        (f"SIZE={'9' * 21}", {}),
         ("BODY=BINARYMIME", {}),
         ("SMTPUTF8=yes", {}),
         ("=", {}),
@@ -472,8 +478,8 @@ def test_a_parameter_that_is_not_offered_in_this_form_is_taken_and_told(
     assert warnings(caplog) == [f"Servers may refuse {keyword} in: {command}"]
 
 
-def test_smtputf8_holds_for_the_recipients(caplog: pytest.LogCaptureFixture) -> None:
-    say("MAIL FROM:<a@x> SMTPUTF8", "RCPT TO:<é@x>", "RSET", "MAIL FROM:<a@x>")
+def test_smtputf8_holds_for_the_whole_envelope(caplog: pytest.LogCaptureFixture) -> None:
+    say("MAIL FROM:<é@x> SMTPUTF8", "RCPT TO:<é@x>", "RSET", "MAIL FROM:<a@x>")
     assert warnings(caplog) == []
     say("MAIL FROM:<a@x> SMTPUTF8", "RSET", "MAIL FROM:<a@x>", "RCPT TO:<é@x>")
     refused = "Servers may refuse an address beyond ASCII without SMTPUTF8 in: RCPT TO:<é@x>"
@@ -493,6 +499,10 @@ def test_a_warning_names_the_client(caplog: pytest.LogCaptureFixture) -> None:
         host, port = client.sock.getsockname()
     (trouble,) = troubles(caplog)
     assert trouble[1].startswith(f"{host}:{port}: Servers may refuse ")
+
+
+def test_a_size_of_20_digits_is_a_size() -> None:
+    assert codes(say(f"MAIL FROM:<a@x> SIZE={'9' * 20}")) == [552]
 
 
 def test_after_helo_no_parameter_is_offered(caplog: pytest.LogCaptureFixture) -> None:
@@ -538,7 +548,7 @@ def test_a_group_of_commands_is_answered_in_order_whatever_fails_in_it() -> None
         [b"EHLO x\r\n", group, b"Hi\r\n.\r\nRSET\r\n" + group, b".\r\nQUIT\r\n"], handler
     )
     data = [250, 501, 503, 250, 354]
-    assert codes(replies)[-13:] == [*data, 250, 250, *data, 250, 221][-13:]
+    assert codes(replies)[-14:] == [*data, 250, 250, *data, 250, 221]
     assert handler.contents == [b"Hi\r\n", b""]
 
 
