@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Path(NamedTuple):
         ]
 
 
+@lru_cache(maxsize=256)  # An application has few addresses.
 def parse(keyword: str, argument: str) -> Path | None:
     """Return the path that *argument* has behind *keyword*, `FROM` or `TO`, and a colon.
 

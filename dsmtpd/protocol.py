@@ -247,7 +247,8 @@ class SMTP(Connection):
             status = await self._call_handler_hook("MAIL", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.mail_from = path.address
-            self.envelope.mail_options.extend(path.options)
+            if path.parameters:
+                self.envelope.mail_options.extend(path.options)
             status = "250 OK"
         await self.push(status)
 
@@ -264,7 +265,8 @@ class SMTP(Connection):
             status = await self._call_handler_hook("RCPT", path.address, path.options)
         if status is aiosmtpd.smtp.MISSING:
             self.envelope.rcpt_tos.append(path.address)
-            self.envelope.rcpt_options.extend(path.options)
+            if path.parameters:
+                self.envelope.rcpt_options.extend(path.options)
             status = "250 OK"
         await self.push(status)
 
@@ -281,7 +283,7 @@ class SMTP(Connection):
             raise _CommandError(f"501 Syntax: {command}:<address>")
         if not path.parameters and not path.faults and path.address.isascii():
             return path  # as most are
-        faults = path.faults
+        faults = [*path.faults]
         for keyword, value in path.parameters.items():
             pattern = offered.get(keyword) if self.session.extended_smtp else None
             if pattern is None or not pattern.fullmatch(value):
