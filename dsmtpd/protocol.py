@@ -290,7 +290,7 @@ class SMTP(Connection):
                 faults.append(keyword or "=")
         if not (path.address.isascii() or "SMTPUTF8" in path.parameters or self.envelope.smtp_utf8):
             faults.append("an address beyond ASCII without SMTPUTF8")
-        if faults and (news := [fault for fault in faults if fault not in self._reported]):
+        if news := [fault for fault in faults if fault not in self._reported]:
             self._reported.update(news)
             self._warn(f"Servers may refuse {', '.join(news)} in: {command[:4]} {argument}")
         return path
