@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 from dsmtpd import __version__, logs
 from dsmtpd.cli import UsageError, parse_args
-from dsmtpd.maildir import count_mails, create_maildir, deliver, ensure_maildir, is_maildir
-from dsmtpd.message import LINE_OCTETS, Message, endpoint, printable
+from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
+from dsmtpd.message import CHECKED_OCTETS, LINE_OCTETS, Message
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
-from dsmtpd.tls import TLSError, ca_file, certificate
+from dsmtpd.text import endpoint, printable
+from dsmtpd.tls import TLSError, ca_file
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
     from dsmtpd.message import Envelope
@@ -42,24 +46,27 @@ LOGGERNAME = "dsmtpd"
 
 log = logging.getLogger(LOGGERNAME)
 
-# A mail of so many octets is stored in the event loop, without a thread, as long as that has last
-# taken less than so many seconds: memory is as quick, and hardly a disk.
+# Messages up to this size, in octets, are written in the event loop, as long as the last write was
+# faster than this, in seconds: memory is, and hardly any disk.
 _SMALL = 256 * 1024
 _AT_ONCE = 200e-6
+
+# How many deliveries may wait for the disk at the same time.
+_DELIVERIES = 32
 
 
 class DsmtpdHandler:
     """Shows each mail as one log line, and stores it when it has a Maildir; for any controller.
 
-    *maildir* is made when it does not exist. Raises `OSError` when it cannot be one.
+    *maildir*: the path of a Maildir, which is created when it does not exist; None stores nothing.
+    Raises `OSError` when it cannot be one.
     """
 
     def __init__(self, maildir: str | os.PathLike[str] | None = None) -> None:
-        """Make the Maildir ready, when there is one."""
-        self.maildir = maildir
+        """Open the Maildir, when there is one."""
+        self.maildir = None if maildir is None else Maildir(maildir)
+        self._path = "" if maildir is None else maildir
         self._at_once = False
-        if maildir is not None:
-            ensure_maildir(maildir)
 
     async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
         """Show the mail in *envelope*, store it, and return the reply.
@@ -72,27 +79,49 @@ class DsmtpdHandler:
         return "250 OK" if self.maildir is None else await self._deliver(self.maildir, message)
 
     async def handle_exception(self, error: Exception) -> str:
-        """Log *error*, which is a fault of ours, and tell the client nothing of it."""
-        log.error("Internal error: %r", error)
+        """Log *error*, which is our own fault, and tell the client nothing of it."""
+        log.error("%s", printable(f"Internal error: {error!r}"))
         return "451 4.3.0 Internal error"
 
-    async def _deliver(self, maildir: str | os.PathLike[str], message: Message) -> str:
-        """Store *message* in *maildir*, where it keeps nobody waiting; return the reply."""
-        if self._at_once and len(message.content) <= _SMALL:
-            return self._store(maildir, message)
-        # In a thread, for a slow disk must not keep the other sessions waiting; shielded, for what
-        # has been shown is to be stored even if the client does not wait for it.
+    async def _deliver(self, maildir: Maildir, message: Message) -> str:
+        """Store *message* in *maildir*, without blocking other sessions; return the reply."""
+        head = message.envelope_fields()
+        is_small = len(head) + len(message.content) <= _SMALL
+        if (self._at_once and is_small) or self._workers is None:
+            return self._store(maildir, head, message.content)
+        # In a thread, for a slow disk must not block the other sessions; shielded, for what has
+        # been shown is to be stored even if the client does not wait for it.
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(None, self._store, maildir, message))
+        storing = loop.run_in_executor(self._workers, self._store, maildir, head, message.content)
+        return await asyncio.shield(storing)
 
-    def _store(self, maildir: str | os.PathLike[str], message: Message) -> str:
-        """Store *message* in *maildir*; return the reply to its sender."""
+    @cached_property
+    def _workers(self) -> ThreadPoolExecutor | None:
+        """A pool whose threads all run, or None when the system does not grant them.
+
+        A pool that finds out at a mail that it can start no thread has queued that mail all the
+        same, for whenever it can.
+        """
+        pool = ThreadPoolExecutor(_DELIVERIES, "delivery")
+        running = Barrier(_DELIVERIES + 1)
+        try:
+            for _ in range(_DELIVERIES):
+                pool.submit(running.wait)
+        except RuntimeError:
+            running.abort()
+            pool.shutdown(wait=False)
+            return None
+        running.wait()
+        return pool
+
+    def _store(self, maildir: Maildir, head: bytes, content: bytes) -> str:
+        """Store *head* and *content* in *maildir*; return the reply to their sender."""
         begin = time.perf_counter()
         try:
-            deliver(maildir, message.envelope_fields(), message.content)
+            maildir.add(content, head=head)
         except OSError as error:
-            reason = _reason(maildir, error)
-            log.error("%s", printable(f"Cannot store a mail in {maildir}: {reason}"))
+            reason = _reason(self._path, error)
+            log.error("%s", printable(f"Cannot store a mail in {self._path}: {reason}"))
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
             return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
         finally:
@@ -105,8 +134,9 @@ def _show(message: Message) -> None:
     summary = message.summary()
     log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
     if longest := message.longest_line():
-        line = "%s: The longest line has %d octets; servers may refuse more than %d"
-        log.warning(line, summary["peer"], longest, LINE_OCTETS)
+        where = " in the first MiB" if len(message.content) > CHECKED_OCTETS else ""
+        line = "%s: The longest line%s has %d octets; other servers may refuse more than %d"
+        log.warning(line, summary["peer"], where, longest, LINE_OCTETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,11 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse_args(argv)
             with _storage(options.directory):
                 handler = DsmtpdHandler(options.directory)
-            shown = certificate(options)
             with (
-                Listener(handler, options, shown.context) as listener,
+                Listener(handler, options) as listener,
                 # Not before it listens: the clients of another dsmtpd may need the file.
-                ca_file(shown.ca, options.tls_ca) as ca,
+                ca_file(listener.ca, options.tls_ca) as ca,
             ):
                 _announce(options, listener.port, ca)
                 signal.sigwait(stopping)
@@ -192,5 +221,6 @@ def _announce(options: Options, port: int, ca: str | None) -> None:
 def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:
     """Return what caused *error*, and where, unless that is *maildir* itself."""
     path = error.filename2 or error.filename or maildir
-    where = "" if str(path) == str(maildir) else f" ({path})"
+    is_maildir_itself = os.path.abspath(path) == os.path.abspath(maildir)  # noqa: PTH100
+    where = "" if is_maildir_itself else f" ({path})"
     return f"{error.strerror}{where}"

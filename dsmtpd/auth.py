@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Exchange = Generator[bytes, bytes, str]
 
 # RFC 4954, section 4: the longest line of an exchange, the command's included.
-_LINE_OCTETS = 12288
+LINE_OCTETS = 12288
 
 
 class AuthError(Exception):
@@ -52,7 +52,7 @@ def decode(response: bytes) -> bytes:
 
     Raises `AuthError` when that cancels the exchange, is too long or is no base64.
     """
-    if len(response) > _LINE_OCTETS:
+    if len(response) > LINE_OCTETS:
         raise AuthError("500 5.5.6 Authentication Exchange line is too long")
     if response == b"*":
         raise AuthError("501 5.7.0 Authentication cancelled")

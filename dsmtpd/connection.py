@@ -1,212 +1,264 @@
-"""One client's connection: its lines and our replies, in clear or encrypted, until its end."""
+"""One client's connection: it carries a conversation over a transport, in clear or by TLS."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
-from typing import TYPE_CHECKING, Any, cast
+import ssl
+from typing import TYPE_CHECKING, cast
 
-import aiosmtpd.smtp
+from aiosmtpd.smtp import Session
 
 from dsmtpd import tls
-from dsmtpd.message import endpoint, printable
+from dsmtpd.conversation import BeginTLS, Conversation, Login, Mail, Reply, Report
+from dsmtpd.text import endpoint, printable
 
 if TYPE_CHECKING:
-    import ssl
-
-    from typing_extensions import Self
+    from dsmtpd.conversation import Action
+    from dsmtpd.service import Service
 
 log = logging.getLogger(__package__)
 
-# The most that is read from a socket at once. When twice as much lies unread, the client waits.
-_READ = 256 * 1024
+# The most octets that wait to be dealt with. Beyond, the client has to wait.
+_UNREAD_OCTETS = 256 * 1024
 
-# So many octets of replies may wait for the others of their group.
-_GROUP_OCTETS = 4096
+# After this many actions it is the turn of the other connections.
+_ACTIONS = 4
+
+# Seconds without an octet after which a client is cut (RFC 5321, section 4.5.3.2.7).
+_PATIENCE = 300
 
 # Seconds for a handshake: a client that waits for a greeting in plain text learns of its mistake.
-_HANDSHAKE = 10
+_HANDSHAKE_PATIENCE = 10
+
+_LEFT = "the client left; perhaps it speaks plain text, or does not trust the certificate"
+_LATE = "it takes too long; perhaps the client speaks plain text"
 
 
-class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
-    """A quick connection, which a stopping server can end without losing a mail that it holds.
+class Connection(asyncio.BufferedProtocol):
+    """A connection, which a stopping server can end without losing a mail that it has received."""
 
-    It replaces what every connection passes through in aiosmtpd, whose commands it leaves alone.
-    """
+    def __init__(self, service: Service) -> None:
+        """Wait for the connection to be made."""
+        self._service = service
+        self._loop = service.loop
+        self._conversation = Conversation(service.offer)
+        self._session = Session(self._loop)
+        self._transport: asyncio.Transport | None = None
+        self._tls: tls.Layer | None = None
+        self._replies = b""  # which have not been written yet
+        self._delivery: asyncio.Task[None] | None = None
+        self._turn: asyncio.Handle | None = None  # in which to go on
+        self._clock: asyncio.TimerHandle | None = None
+        self._heard = 0.0  # when the client was last heard of
+        self._is_blocked = False  # The client does not read.
+        self._is_ending = False  # The server stops.
 
-    session: aiosmtpd.smtp.Session
-    envelope: aiosmtpd.smtp.Envelope
-    transport: asyncio.Transport | None
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the client."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._session.peer = transport.get_extra_info("peername")
+        self._service.clients.add(self)
+        self._heard = self._loop.time()
+        self._set_clock(_PATIENCE)
+        self._proceed()
 
-    # Private names of aiosmtpd. There are no public ones for the streams (`_reader`, `_writer`),
-    # a new session (`_create_session`, `_set_rset_state`) and the clock (`_timeout_cb`,
-    # `_timeout_duration`, `_timeout_handle`). `_handle_client` is replaced since it matches and
-    # logs each command several times, and forgets those before an end.
-    _handler_coroutine: asyncio.Task[None]  # It carries out the commands; see `hang_up`.
+    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  # asyncio's
+        """Return the buffer that all connections share.
 
-    def __init__(self, handler: object, *, implicit_tls: bool = False, **parameters: Any) -> None:
-        """Take *parameters* of aiosmtpd's `SMTP`.
-
-        A `tls_context` among them is for `start_tls`, with which *implicit_tls* begins.
+        asyncio's other protocols get each command in 256 KiB of fresh memory.
         """
-        super().__init__(handler, **parameters)
-        self._implicit_tls = implicit_tls
-        self._input = memoryview(bytearray(_READ))
-        self._replies = b""
-        self._may_wait = False  # The reply may be sent with the next one.
-        self._delivering = False
-        self._encrypted = False  # from the beginning of the handshake
-        self._mute = False  # The client has not said anything since the handshake.
-        self._over = False  # We have closed the connection.
-        self._ending = False  # The server stops.
-
-    def twin(self) -> Self:
-        """Return a session like this one for another client.
-
-        To make one anew takes longer than a mail: aiosmtpd looks for commands and hooks by
-        `inspect`.
-        """
-        twin = copy.copy(self)
-        # Only the streams are a connection's own; the rest comes with `connection_made`.
-        reader = asyncio.StreamReader(_READ, self.loop)
-        connected = twin._cb_client_connected  # noqa: SLF001  # aiosmtpd's way to get at the streams
-        asyncio.StreamReaderProtocol.__init__(twin, reader, connected, self.loop)
-        return twin
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # asyncio's
-        """Lend the buffer that the sessions of a loop share.
-
-        To a protocol without one, asyncio hands each command in 256 KiB of fresh memory.
-        """
-        return self._input
+        return self._service.input
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take what has arrived."""
-        self._heard = self.loop.time()
-        self._reader.feed_data(self._input[:nbytes])
+        """Receive what has come, and answer it."""
+        self._heard = self._loop.time()
+        self._proceed(nbytes)
 
     def eof_received(self) -> bool:
-        """Stay open for the replies to what the client sent before its end; TLS cannot do that."""
-        self._reader.feed_eof()
-        return not self._encrypted
+        """Stay open for the replies to what the client sent before its end."""
+        if self._is_shaking_hands:
+            self._fail(_LEFT)
+        else:
+            self._conversation.receive_eof()
+            self._proceed()
+        return True
 
-    async def push(self, status: str | bytes) -> None:
-        """Send the reply *status*, after those that wait.
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's
+        """Forget the client, but for a delivery that is under way."""
+        if self._is_shaking_hands and not self._is_ending:
+            self._fail(_LEFT)
+        self._conversation.lost()
+        self._proceed()
+        for handle in (self._clock, self._turn):
+            if handle is not None:
+                handle.cancel()
+        self._service.clients.discard(self)
+        # Nothing is to stay alive until the next garbage collection.
+        self._transport = self._tls = self._clock = self._turn = None
 
-        It waits itself when it may, and the next command is here (RFC 2920, section 3.2).
+    def pause_writing(self) -> None:
+        """Wait for a client that does not read."""
+        self._is_blocked = True
+
+    def resume_writing(self) -> None:
+        """Go on with a client that reads again."""
+        self._is_blocked = False
+        self._heard = self._loop.time()
+        self._proceed()
+
+    def _proceed(self, received: int = 0) -> None:
+        """Do what the conversation wants, as far as that can be done now.
+
+        *received*: how many octets in the buffer are new.
         """
-        reply = status if isinstance(status, bytes) else status.encode("utf-8", "backslashreplace")
-        self._replies += reply + b"\r\n"
-        if self._may_wait and b"\n" in self._unread and len(self._replies) < _GROUP_OCTETS:
+        try:
+            if received:
+                self._receive(received)
+            if self._turn is None:
+                self._act()
+        except Exception as error:  # noqa: BLE001  # the rest of a mail must not become commands
+            self._conversation.lost()
+            log.error("%s", printable(f"Internal error: {error!r}"))
+            self._cut("421 4.3.0 Internal error")
+
+    def _receive(self, octets: int) -> None:
+        layer = self._tls
+        if layer is None:
+            self._conversation.receive(self._service.input, octets)
             return
-        # A client that does not read has to wait; at the end, nobody waits for it.
-        if self._flush() and not self._ending:
-            await self._writer.drain()
+        plain = self._decrypt(layer, bytes(self._service.input[:octets]))
+        if plain:
+            self._conversation.receive(plain)
+        if layer.ended:
+            self._conversation.receive_eof()
 
-    def _flush(self) -> int:
-        """Send the replies that wait; return how many octets are not on their way then.
+    def _act(self) -> None:
+        """Do a few things; leave more of them to another turn."""
+        for _ in range(_ACTIONS):
+            if self._is_blocked or self._is_ending:
+                break
+            action = self._conversation.next_action()
+            if action is None:
+                break
+            self._perform(action)
+        else:
+            self._turn = self._loop.call_soon(self._take_turn)
+        if self._transport is not None:
+            if self._conversation.unread > _UNREAD_OCTETS:
+                self._transport.pause_reading()
+            elif not self._transport.is_reading():
+                self._transport.resume_reading()
 
-        In a handshake the protocol of the transport is another, and after an end by TLS there is
-        none, which asyncio before Python 3.11 stumbles over.
-        """
-        transport = self._writer.transport
-        replies, self._replies = self._replies, b""
-        if self._over or transport.get_protocol() is not self:
-            return 0
-        transport.write(replies)
-        return transport.get_write_buffer_size()
+    def _take_turn(self) -> None:
+        self._turn = None
+        self._proceed()
 
-    async def _handle_client(self) -> None:
-        self._heard = self.loop.time()
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Reply):
+            self._send(action.octets)
+        elif isinstance(action, Mail):
+            self._delivery = self._loop.create_task(self._deliver(action))
+            self._service.keep(self._delivery)
+        elif isinstance(action, Report):
+            self._warn(action.text)
+        elif isinstance(action, Login):
+            self._session.authenticated = True
+            self._session.auth_data = action.user  # type: ignore[assignment]  # which may be any
+            user = printable(action.user)
+            log.info("%s: %s logged in by AUTH %s", self._peer, user, action.mechanism)
+        elif isinstance(action, BeginTLS):
+            self.flush()
+            self._tls = tls.Layer(cast("ssl.SSLContext", self._service.context))
+            self._set_clock(_HANDSHAKE_PATIENCE)
+        else:
+            self._close()
+
+    async def _deliver(self, mail: Mail) -> None:
+        self._session.host_name = self._conversation.host_name
+        self._session.extended_smtp = self._conversation.extended
+        reply = "421 4.3.0 Internal error"  # if the handler lets itself be cancelled
         try:
-            if self._implicit_tls:
-                # asyncio carries this out before it reads: what comes is for the handshake.
-                await self.start_tls()
-            await self.push(f"220 {self.hostname} {self.__ident__}")
-            while not self._ending:
-                line = await self._line()
-                self._mute = False
-                await self._answer(line)
-                if self._unread:
-                    await asyncio.sleep(0)  # The other sessions are to have their turn.
-        except (asyncio.IncompleteReadError, asyncio.CancelledError):
-            # The client has said its last, or the connection has ended. A task that ends cancelled
-            # would keep what has come of a mail, by its traceback.
-            if self._mute and not self._ending:
-                self._warn(
-                    "The client has left after the TLS handshake without a word; perhaps it does"
-                    " not trust the certificate"
-                )
+            reply = await self._service.deliver(self, self._session, mail)
         finally:
-            if not self._ending:
-                self._flush()
-                self._over = True
-                self._writer.close()
+            self._delivery = None
+            self._heard = self._loop.time()
+            self._conversation.delivered(reply)
+            # Also to a client on which the server is about to hang up.
+            if action := self._conversation.next_action():
+                self._perform(action)
+            self._proceed()
 
-    async def _answer(self, line: bytes) -> None:
-        """Carry out the command in *line*; for subclasses.
+    def _send(self, octets: bytes) -> None:
+        is_posted = bool(self._replies)
+        self._replies += octets
+        if not is_posted:
+            self._service.post(self)
 
-        Raises `IncompleteReadError` when the client has left, and `CancelledError` when the
-        connection is to end.
-        """
+    def flush(self) -> None:
+        """Write the replies that wait."""
+        replies, self._replies = self._replies, b""
+        if replies and self._tls is not None:
+            self._tls.send(replies)
+            replies = self._tls.outgoing()
+        self._write(replies)
 
-    @property
-    def _unread(self) -> bytearray:
-        """What has arrived; asyncio has no public name for it."""
-        return self._reader._buffer  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001
-
-    async def _line(self) -> bytes:
-        """Return the next line without its end, or only the beginning of one that is too long."""
-        line = chunk = await self._chunk(b"\n")
-        while not chunk.endswith(b"\n"):
-            chunk = await self._chunk(b"\n")
-        return line.rstrip(b"\r\n")
-
-    async def _chunk(self, end: bytes) -> bytes:
-        """Return what comes up to *end*, or a part of it when that is much."""
-        try:
-            return await self._reader.readuntil(end)
-        except asyncio.LimitOverrunError as overrun:
-            return await self._reader.read(overrun.consumed)
-
-    async def start_tls(self) -> None:
-        """Speak TLS from here on; forget what has been said in clear (RFC 3207, section 4.2)."""
-        if self._unread:
-            # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
-            self._warn("What was sent behind STARTTLS, without waiting for the reply, is dropped")
-            self._unread.clear()
-        self._encrypted = True
-        try:
-            transport: Any = await self.loop.start_tls(
-                cast("asyncio.Transport", self.transport),
-                self,
-                cast("ssl.SSLContext", self.tls_context),
-                server_side=True,
-                ssl_handshake_timeout=_HANDSHAKE,
-            )
-        except OSError as error:
-            self._warn(f"The TLS handshake has failed: {tls.failure(error)}")
-            # Depending on Python's version and the failure, asyncio tells us, too, or does not.
-            self.connection_lost(None)
-            raise asyncio.CancelledError from None
-        peer = self.session.peer
-        self._set_rset_state()  # type: ignore[no-untyped-call]  # aiosmtpd's
-        self.session = self._create_session()
-        self.session.peer = peer
-        self._mute = True
-        self.session.ssl = {"cipher": transport.get_extra_info("cipher")}
-        self.transport = transport
-        # As aiosmtpd does: before Python 3.11 there is no public way.
-        for stream in (self._reader, self._writer):
-            setattr(stream, "_transport", transport)  # noqa: B010  # which the types do not know
+    def _write(self, octets: bytes) -> None:
+        if octets and self._transport is not None:
+            self._transport.write(octets)
 
     def _warn(self, text: str) -> None:
         log.warning("%s: %s", self._peer, printable(text))
 
     @property
     def _peer(self) -> str:
-        return printable(endpoint(self.session.peer))
+        return printable(endpoint(self._session.peer))
+
+    @property
+    def _is_shaking_hands(self) -> bool:
+        return self._tls is not None and self._tls.cipher is None
+
+    def _decrypt(self, layer: tls.Layer, octets: bytes) -> bytes:
+        """Return the plain text of *octets*; also shake hands."""
+        was_shaking_hands = layer.cipher is None
+        try:
+            plain = layer.receive(octets)
+        except ssl.SSLError as error:
+            self._write(layer.outgoing())
+            self._fail(tls.failure(error))
+            return b""
+        self._write(layer.outgoing())
+        if was_shaking_hands and layer.cipher is not None:
+            peer, self._session = self._session.peer, Session(self._loop)
+            self._session.peer = peer
+            self._session.ssl = {"cipher": layer.cipher}
+            self._conversation.tls_begun()
+        return plain
+
+    def _fail(self, reason: str) -> None:
+        """End a connection whose TLS has failed for *reason*."""
+        what = "The TLS handshake" if self._is_shaking_hands else "TLS"
+        self._warn(f"{what} failed: {reason}")
+        self._tls, self._replies = None, b""
+        self._conversation.lost()
+        self._cut()
+
+    def _close(self) -> None:
+        """Close the connection when everything is sent."""
+        self.flush()
+        if self._tls is not None:
+            self._tls.close()
+            self._write(self._tls.outgoing())
+        cast("asyncio.Transport", self._transport).close()
+
+    def _cut(self, reply: str = "") -> None:
+        """Send a last *reply*, if the client reads it, and end the connection."""
+        if self._transport is None:
+            return
+        if reply and not (self._is_shaking_hands or self._transport.is_closing()):
+            self._replies += reply.encode() + b"\r\n"
+            self.flush()
+        self._transport.abort()
 
     async def hang_up(self) -> None:
         """End the session, after the reply to a delivery that has begun.
@@ -214,29 +266,25 @@ class Connection(aiosmtpd.smtp.SMTP, asyncio.BufferedProtocol):
         The client is told by a 421 (RFC 5321, section 3.8). One that does not read is not
         waited for.
         """
-        self._ending = True
-        if self._delivering:
-            await asyncio.wait([self._handler_coroutine])
-        if self.transport is not None:
-            # Private, but nothing else keeps commands that have arrived from being carried out.
-            self._handler_coroutine.cancel()
-            self._cut("421 4.3.2 dsmtpd is stopping")
+        self._is_ending = True
+        if self._delivery is not None:
+            await asyncio.wait([self._delivery])
+        self._cut("421 4.3.2 dsmtpd is stopping")
 
-    def _timeout_cb(self) -> None:
-        """Cut a client that has sent nothing for too long (RFC 5321, section 4.5.3.2.7).
+    def _set_clock(self, seconds: float) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+        self._clock = self._loop.call_later(seconds, self._check_clock)
 
-        aiosmtpd sets a timer anew for each command, which takes as long as the command does.
-        """
-        if self._delivering:
-            self._heard = self.loop.time()
-        patience = self._heard + self._timeout_duration - self.loop.time()
+    def _check_clock(self) -> None:
+        """Cut a client that has sent nothing for too long."""
+        if self._is_shaking_hands:
+            self._fail(_LATE)
+            return
+        if self._delivery is not None:
+            self._heard = self._loop.time()
+        patience = self._heard + _PATIENCE - self._loop.time()
         if patience > 0:
-            self._timeout_handle = self.loop.call_later(patience, self._timeout_cb)
+            self._set_clock(patience)
         else:
             self._cut("421 4.4.2 Nothing has come for too long")
-
-    def _cut(self, reply: str) -> None:
-        """Send a last *reply*, if the client reads it, and end the connection."""
-        self._replies += reply.encode() + b"\r\n"
-        self._flush()
-        self._writer.transport.abort()

@@ -5,26 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from contextlib import suppress
 
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
-
-
-class Formatter(logging.Formatter):
-    """Formats records as `logging` does, but asks for the local time only once a second."""
-
-    def __init__(self) -> None:
-        """Take the format that all records have."""
-        super().__init__(FORMAT)
-        self._second, self._time = -1, ""
-
-    def formatTime(self, record: logging.LogRecord, _datefmt: str | None = None) -> str:
-        """Return the local time of *record*, with milliseconds."""
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._time = time.strftime(self.default_time_format, time.localtime(record.created))
-        return f"{self._time},{int(record.msecs):03}"
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] before 3.11
@@ -55,14 +38,8 @@ def configure() -> None:
         # Started with stderr closed. Its number, 2, would go to the next file that is opened, and
         # with it what the interpreter prints there: that file must not be a mail.
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the end
-    # What the format does not show need not be found out for each record: "Optimization" in the
-    # Logging HOWTO has these names, even the private one.
-    for name in ("_srcfile", "logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
-        setattr(logging, name, None)
     handler = StderrHandler()
-    handler.setFormatter(Formatter())
+    handler.setFormatter(logging.Formatter(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # aiosmtpd tells every command, and its warnings quote the client's bytes as they came. asyncio
-    # warns of each reply to a client that has left.
-    for name in ("mail.log", "asyncio"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # It warns of each reply to a client that has left.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

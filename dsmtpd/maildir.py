@@ -1,19 +1,19 @@
-"""Makes, recognises and fills Maildirs."""
+"""`Maildir`, a `mailbox.Maildir` whose `add` is quick, durable and byte-exact."""
 
 from __future__ import annotations
 
 import errno
+import mailbox
 import os
 import socket
 import time
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import mailbox
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 FOLDERS = ("tmp", "new", "cur")
 
@@ -33,38 +33,95 @@ def is_maildir(path: str | os.PathLike[str]) -> bool:
 
 
 def ensure_maildir(path: str | os.PathLike[str]) -> None:
-    """Make *path* a Maildir that mails can be stored in, with its parents; keep what is there.
+    """Create the Maildir *path*, with its parents, or complete it; keep what is there.
 
     Raises `OSError`, with the file name and the reason, when it cannot be one.
     """
-    for folder in (Path(path), *(Path(path, name) for name in FOLDERS)):
-        _ensure_folder(folder)
+    try:
+        for name in ("", *FOLDERS):
+            Path(path, name).mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+    except FileExistsError as error:
+        reason = os.strerror(errno.ENOTDIR)
+        raise NotADirectoryError(errno.ENOTDIR, reason, str(error.filename)) from None
     for folder in (Path(path, "tmp"), Path(path, "new")):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "Not writable", str(folder))
 
 
-def _ensure_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+class Maildir(mailbox.Maildir):
+    """A `mailbox.Maildir` that stores messages of bytes quickly, durably and exactly.
+
+    Its length, and so its truth value, takes a look at each mail, as that of its base class does.
+    """
+
+    def __init__(
+        self,
+        dirname: str | os.PathLike[str],
+        factory: Callable[[Any], mailbox.MaildirMessage] | None = None,
+        create: bool = True,  # noqa: FBT001, FBT002  # as in the base class
+    ) -> None:
+        """Open the Maildir *dirname*; create or complete it, with its parents, if *create* is true.
+
+        Raises `OSError` when it cannot be one, and `mailbox.NoSuchMailboxError` when it is missing
+        and not to be created.
+        """
+        folder = os.path.abspath(os.path.expanduser(dirname))  # noqa: PTH100, PTH111  # as there
+        if create:
+            ensure_maildir(folder)
+        super().__init__(folder, factory, create=False)
+        self._base = os.path.join(folder, "")  # noqa: PTH118
+
+    def add(self, message: Any, *, head: bytes = b"") -> str:
+        """Store *message* in new/ and return its key.
+
+        Of bytes, the CRLF become LF, and nothing else changes; *head* is stored before them. The
+        file is written in tmp/, flushed to the disk and moved, as Maildir(5) wants: no reader sees
+        half a mail. A Maildir that has disappeared is created again. Any thread of any process may
+        do this at the same time. Whatever else `mailbox.Maildir` accepts is stored as it does it.
+
+        Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
+        """
+        if not isinstance(message, bytes):
+            if head:
+                raise TypeError(f"head goes with bytes, not with {type(message).__name__}")
+            return super().add(message)
+        try:
+            return self._deliver(head, message)
+        except FileNotFoundError:
+            ensure_maildir(self._base)
+            return self._deliver(head, message)
+
+    def _deliver(self, head: bytes, content: bytes) -> str:
+        # By the functions of `os`: all mails go this way, and `pathlib` takes twice as long.
+        name = _unique_name()
+        draft, mail = f"{self._base}tmp/{name}", f"{self._base}new/{name}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            try:
+                for piece in _pieces(head, content):
+                    while piece:  # The system may take less at once.
+                        piece = piece[os.write(descriptor, piece) :]  # noqa: PLW2901
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(draft, mail)  # noqa: PTH104
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(draft)  # noqa: PTH108
+            raise
+        return name
 
 
 @contextmanager
 def create_maildir(
     path: str | os.PathLike[str],
     create: bool = True,  # noqa: FBT001, FBT002  # as people call it
-) -> Iterator[mailbox.Maildir]:
-    """Lend the Maildir at *path*, locked; make it first when *create* is true.
+) -> Iterator[Maildir]:
+    """Yield the Maildir at *path*, locked; create it first when *create* is true.
 
-    Raises `mailbox.NoSuchMailboxError` when there is none and it is not to be made.
+    Raises `mailbox.NoSuchMailboxError` when there is none and it is not to be created.
     """
-    import mailbox  # noqa: PLC0415  # it would delay every start, and only this needs it
-
-    if create:
-        ensure_maildir(path)
-    maildir = mailbox.Maildir(path, create=False)
+    maildir = Maildir(path, create=create)
     maildir.lock()
     try:
         yield maildir
@@ -81,43 +138,6 @@ def count_mails(path: str | os.PathLike[str]) -> int:
     )
 
 
-def deliver(path: str | os.PathLike[str], head: bytes, content: bytes) -> str:
-    """Store *head* and *content* as one mail in the Maildir at *path*; return its file in new/.
-
-    The CRLF of *content* become LF, and nothing else changes. The file is written in tmp/, flushed
-    to the disk and moved, as Maildir(5) wants: no reader sees half a mail. A Maildir that has
-    disappeared is made again. Any thread of any process may deliver into the same Maildir at the
-    same time.
-
-    Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
-    """
-    try:
-        return _deliver(path, head, content)
-    except FileNotFoundError:
-        ensure_maildir(path)
-        return _deliver(path, head, content)
-
-
-def _deliver(path: str | os.PathLike[str], head: bytes, content: bytes) -> str:
-    # By the functions of `os`: all mails go this way, and those of `pathlib` make it twice as long.
-    base, name = os.path.join(path, ""), _unique_name()  # noqa: PTH118
-    draft, mail = f"{base}tmp/{name}", f"{base}new/{name}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            for piece in _pieces(head, content):
-                _write(descriptor, piece)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(draft, mail)  # noqa: PTH104
-    except OSError:
-        with suppress(OSError):
-            os.unlink(draft)  # noqa: PTH108
-        raise
-    return mail
-
-
 def _pieces(head: bytes, content: bytes) -> Iterator[bytes]:
     """Yield what is to be stored, in pieces, since a mail may be large."""
     begin = 0
@@ -128,12 +148,6 @@ def _pieces(head: bytes, content: bytes) -> Iterator[bytes]:
         if end >= len(content):
             break
         head, begin = b"", end
-
-
-def _write(descriptor: int, piece: bytes) -> None:
-    """Write all of *piece*; the system may take less at once."""
-    while piece:
-        piece = piece[os.write(descriptor, piece) :]
 
 
 def _unique_name() -> str:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
+from binascii import b2a_base64
 from dataclasses import dataclass
-from email.errors import HeaderParseError
-from email.header import decode_header
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
+
+from dsmtpd.text import decoded, endpoint, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Only so much of the header and of a subject is read for the log: a hostile mail must not keep the
-# server busy.
-_HEADER_OCTETS = 1024 * 1024
+# Only so much is looked at for the log: a hostile mail must not block other sessions.
+CHECKED_OCTETS = 1024 * 1024
+_HEADER_OCTETS = 256 * 1024
+_FIELDS = 10_000
 _SUBJECT_OCTETS = 8 * 1024
+
+# So much of an envelope is shown: a line of the log has at most 16 KiB.
+_MAIL_FROM_OCTETS = 2 * 1024
+_RCPT_TOS_OCTETS = 4 * 1024
+
+# RFC 2047, section 2: an encoded word has at most 75 characters, of which base64 gets 56.
+_WORD_OCTETS = 42
+# The octets of UTF-8 that begin no character (RFC 3629, section 3).
+_CONTINUATIONS = range(0x80, 0xC0)
 
 # RFC 5321, section 4.5.3.1.6, without the CRLF.
 LINE_OCTETS = 998
@@ -23,9 +35,6 @@ LINE_OCTETS = 998
 # RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds count.
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)(?:\n|\Z)")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
-# RFC 2047, section 2; white space between two encoded words is not shown (section 6.2).
-_ENCODED_WORD = r"=\?[^?\s]+\?[bq]\?[^?]*\?="
-_ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.IGNORECASE)
 
 
 class Envelope(Protocol):
@@ -62,19 +71,19 @@ class Message:
     @property
     def subject(self) -> str:
         """The first Subject, unfolded and decoded; empty when there is none."""
-        for name, value in _fields(self.content):
+        for name, value in islice(_fields(self.content), _FIELDS):
             if name.lower() == b"subject":
                 line = _FOLD.sub(b" ", value[:_SUBJECT_OCTETS]).strip(b" \t\r")
-                return _decoded(line) + ("..." if len(value) > _SUBJECT_OCTETS else "")
+                return decoded(line) + ("..." if len(value) > _SUBJECT_OCTETS else "")
         return ""
 
     def summary(self) -> dict[str, str]:
         """Return what the log line shows, each value safe for a terminal."""
         return {
             "peer": printable(endpoint(self.peer)),
-            "mail_from": printable(self.mail_from),
-            "rcpttos": printable(", ".join(self.rcpt_tos)),
-            "subject": printable(self.subject),
+            "mail_from": printable(self.mail_from, _MAIL_FROM_OCTETS),
+            "rcpttos": _listed(self.rcpt_tos),
+            "subject": printable(self.subject, _SUBJECT_OCTETS),
         }
 
     def envelope_fields(self) -> bytes:
@@ -95,36 +104,33 @@ class Message:
     def longest_line(self) -> int:
         """Return the octets of the longest line, without its CRLF, if that is over 998; else 0.
 
-        Other servers may refuse such a line (RFC 5321, section 4.5.3.1.6).
+        Other servers may refuse such a line (RFC 5321, section 4.5.3.1.6). Only the first MiB of a
+        mail is looked at.
         """
+        size = min(len(self.content), CHECKED_OCTETS)
         longest = begin = 0
-        while begin < len(self.content):
+        while begin < size:
             # As many lines as fit into the limit are passed over at once.
             end = self.content.rfind(b"\r\n", begin, begin + LINE_OCTETS + 2)
             if end < 0:
-                end = self.content.find(b"\r\n", begin)
-                end = len(self.content) if end < 0 else end
+                end = self.content.find(b"\r\n", begin, size)
+                end = size if end < 0 else end
                 longest = max(longest, end - begin)
             begin = end + 2
         return longest if longest > LINE_OCTETS else 0
 
 
-def endpoint(address: Any) -> str:
-    """Return a socket *address* as `host:port`, with an IPv6 host in brackets (RFC 3986)."""
-    if not isinstance(address, tuple):
-        return str(address)
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def printable(text: str) -> str:
-    r"""Return *text* with all that is no printable character escaped, as in `\x1b` or `\u202e`.
-
-    A mail can then neither forge a line of the log nor drive the terminal that shows it.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _listed(addresses: tuple[str, ...]) -> str:
+    """Return *addresses* as a list that is safe to show, as far as that is not too long."""
+    listed: list[str] = []
+    octets = 0
+    for address in addresses:
+        listed.append(printable(address, _RCPT_TOS_OCTETS))
+        octets += len(listed[-1].encode()) + len(", ")
+        if octets > _RCPT_TOS_OCTETS and len(listed) > 1:
+            more = len(addresses) - len(listed) + 1
+            return f"{', '.join(listed[:-1])} and {more:,} more"
+    return ", ".join(listed)
 
 
 def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -133,30 +139,6 @@ def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     while match:
         yield match[1], match[2]
         match = _FIELD.match(content, match.end(), _HEADER_OCTETS)
-
-
-def _decoded(value: bytes) -> str:
-    """Return a field's *value* as text.
-
-    What is not UTF-8 is read as Latin-1, and broken encoded words stay as they were sent.
-    """
-    try:
-        text = value.decode("utf-8")
-    except UnicodeDecodeError:
-        text = value.decode("latin-1")
-    return _ENCODED_WORDS.sub(lambda words: _decoded_words(words[0]), text)
-
-
-def _decoded_words(words: str) -> str:
-    """Return a run of encoded *words* as text, or as it is when it is broken (RFC 2047)."""
-    try:
-        # A charset may be followed by a language (RFC 2231, section 5).
-        return "".join(
-            word.decode(str(charset).partition("*")[0], "replace")
-            for word, charset in decode_header(words)
-        )
-    except (HeaderParseError, LookupError, ValueError):
-        return words
 
 
 def _encoded(value: str) -> str:
@@ -168,10 +150,21 @@ def _encoded(value: str) -> str:
     """
     if value.isascii() and value.isprintable() and "=?" not in value:
         return value
-    undecodable = any("\ud800" <= character <= "\udfff" for character in value)
-    charset = "unknown-8bit" if undecodable else "utf-8"
-    # Ten characters are 40 octets of UTF-8 or less, and 56 of base64: a word has room for them.
-    pieces = (
-        value[i : i + 10].encode("utf-8", "surrogateescape") for i in range(0, len(value), 10)
-    )
-    return " ".join(f"=?{charset}?b?{b64encode(piece).decode()}?=" for piece in pieces)
+    try:
+        octets, charset = value.encode(), "utf-8"
+    except UnicodeEncodeError:
+        octets, charset = value.encode("utf-8", "surrogateescape"), "unknown-8bit"
+    base64 = partial(b2a_base64, newline=False)
+    return " ".join(f"=?{charset}?b?{base64(part).decode()}?=" for part in _parts(octets))
+
+
+def _parts(octets: bytes) -> Iterator[bytes]:
+    """Yield *octets* in parts that fit into an encoded word, and that cut no character of UTF-8."""
+    begin = 0
+    while begin < len(octets):
+        end = begin + _WORD_OCTETS
+        least = end - 3  # A character has four octets at the most.
+        while least < end < len(octets) and octets[end] in _CONTINUATIONS:
+            end -= 1
+        yield octets[begin:end]
+        begin = end

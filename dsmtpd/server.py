@@ -11,12 +11,15 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from aiosmtpd.controller import UnthreadedController
 
 from dsmtpd import __version__
-from dsmtpd.protocol import SMTP
+from dsmtpd.connection import Connection
+from dsmtpd.conversation import Offer
+from dsmtpd.service import Service
+from dsmtpd.text import printable
+from dsmtpd.tls import certificate
 
 if TYPE_CHECKING:
     import ssl
@@ -27,8 +30,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__package__)
 
-# So many deliveries may wait for the disk at the same time.
-_DELIVERIES = 32
+# Seconds after which the same trouble is logged again.
+_QUIET = 60
+
+# How many connections may wait to be accepted: more than any system allows, which has a limit of
+# its own. And how many asyncio accepts in one turn, or tries to when it is out of descriptors.
+_BACKLOG = 65_535
+_ACCEPTS = 64
 
 # Seconds that the event loop waits awake.
 _AWAKE = 100e-6
@@ -41,10 +49,10 @@ class ListenError(OSError):
 class Listener:
     """An SMTP server that listens while its `with` block runs, in a thread of its own.
 
-    *handler* has the hooks that aiosmtpd asks its handlers for, except those for EHLO, AUTH, VRFY
-    and STARTTLS; *options* tell where to listen and what to offer, and *context* has what TLS
-    takes, if they ask for that. Inside the block, *host* and *port* are the real ones, also for
-    port 0.
+    *handler* is one as aiosmtpd's, of whose hooks `handle_DATA` and `handle_exception` are asked;
+    *options* say where to listen and what to offer. Inside the block, *host* and *port* are the
+    real ones, also for port 0. *ca* is the certificate in PEM of the CA that clients may trust, if
+    it has been generated for TLS.
 
     Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
     other clients.
@@ -53,24 +61,22 @@ class Listener:
     host: str
     port: int
 
-    def __init__(
-        self, handler: object, options: Options, context: ssl.SSLContext | None = None
-    ) -> None:
-        """Open nothing yet."""
+    def __init__(self, handler: object, options: Options) -> None:
+        """Open nothing yet; raises `TLSError` when there is no certificate for TLS."""
         self._handler = handler
         self._options = options
-        self._context = context
+        self._context, self.ca = certificate(options)
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that this cannot be."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
         try:
             self._controller = self._thread.submit(self._listen).result()
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, RuntimeError) as error:
             self._thread.shutdown()
             where = f"{self._options.interface}, port {self._options.port}"
             raise ListenError(f"Cannot listen on {where}: {_reason(error)}") from error
-        self.host, self.port = self._controller.address
+        self.host, self.port = self._controller.server.sockets[0].getsockname()[:2]
         self._thread.submit(self._controller.loop.run_forever)
         return self
 
@@ -87,7 +93,7 @@ class Listener:
     def _listen(self) -> _Controller:
         controller = _Controller(self._handler, self._options, self._context)
         try:
-            controller.begin()  # type: ignore[no-untyped-call]
+            controller.begin()
         except BaseException:
             controller.loop.close()
             raise
@@ -111,55 +117,47 @@ class _Selector(selectors.DefaultSelector):
 
 
 class _Controller(UnthreadedController):
-    """Makes our sessions, all from the same answers to questions that are asked only once."""
+    """Starts the server, and ends it without losing a mail."""
 
     server: asyncio.Server
 
     def __init__(self, handler: object, options: Options, context: ssl.SSLContext | None) -> None:
-        super().__init__(
-            handler,
-            loop=asyncio.SelectorEventLoop(_Selector()),
-            hostname=options.interface,
-            port=options.port,
-            # Without a name aiosmtpd asks the resolver for one at every connection, which can take
-            # 20 s. The system's own name needs no resolver.
-            server_hostname=socket.gethostname() or "localhost",
+        loop = asyncio.SelectorEventLoop(_Selector())
+        loop.set_exception_handler(self._report)
+        super().__init__(handler, options.interface, options.port, loop)
+        self._last_report, self._last_time = "", 0.0
+        offer = Offer(
+            # The system's own name needs no resolver, which can take 20 s.
+            hostname=socket.gethostname() or "localhost",
             ident=f"dsmtpd {__version__}",
-            data_size_limit=options.max_size,
-            enable_SMTPUTF8=not options.disable_smtputf8,
-            offers_auth=not options.disable_auth,
-            tls_context=context,
-            implicit_tls=options.tls == "implicit",
+            max_size=options.max_size,
+            smtputf8=not options.disable_smtputf8,
+            auth=not options.disable_auth,
+            tls=options.tls,
         )
-        self.loop.set_exception_handler(self._report)
-        self._reported = ""
-        # Deliveries wait for the disk: the more of them do so at once, the better.
-        self.loop.set_default_executor(ThreadPoolExecutor(_DELIVERIES, "delivery"))
-        self._sessions: WeakSet[SMTP] = WeakSet()
-        self._pattern = SMTP(self.handler, loop=self.loop, **self.SMTP_kwargs)
+        self._service = Service(handler, offer, loop, context)
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """The host and the port of the first socket."""
-        host, port = self.server.sockets[0].getsockname()[:2]
-        return host, port
-
-    def factory(self) -> SMTP:
+    def factory(self) -> Connection:
         """Return the protocol for a new connection."""
-        session = self._pattern.twin()
-        self._sessions.add(session)
-        return session
+        return Connection(self._service)
 
-    async def _create_server(self) -> asyncio.Server:
+    def begin(self) -> None:
         """Listen on all addresses of the interface, on one port."""
-        server = await self.loop.create_server(self.factory, self.hostname, self.port)
-        ports = {listening.getsockname()[1] for listening in server.sockets}
+        self.server = self._create(self.port)
+        ports = {listening.getsockname()[1] for listening in self.server.sockets}
         if not ports:  # Python before 3.12.2, for IPv6 on a system that has none
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         if len(ports) > 1:
             # Port 0, and a name with several addresses: each has been given a port of its own.
-            server.close()
-            server = await self.loop.create_server(self.factory, self.hostname, ports.pop())
+            self.server.close()
+            self.server = self._create(ports.pop())
+
+    def _create(self, port: int) -> asyncio.Server:
+        creating = self.loop.create_server(self.factory, self.hostname, port, backlog=_ACCEPTS)
+        server = self.loop.run_until_complete(creating)
+        for listening in server.sockets:
+            with listening.dup() as same:
+                same.listen(_BACKLOG)
         return server
 
     async def drain(self) -> None:
@@ -169,28 +167,30 @@ class _Controller(UnthreadedController):
         for _ in range(2):  # What has just been accepted takes so many turns to become a session.
             await asyncio.sleep(0)
         self.server.close()
-        await asyncio.gather(*(session.hang_up() for session in self._sessions))
+        await self._service.hang_up()
         # What a handler has begun, or a connection that was being accepted.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        # A client may have left while its mail was being delivered.
-        await self.loop.shutdown_default_executor()
 
-    def _report(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log in one line, and once, what asyncio would print with a traceback and again and again.
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log in one line, and once a minute, what asyncio would print with a traceback each time.
 
         Out of file descriptors, it would report that a hundred times a second.
         """
-        report = f"{context['message']}: {context.get('exception')!r}"
-        if report != self._reported:
-            self._reported = report
+        if "_start_serving" in context["message"] and not self.server.is_serving():
+            return  # Out of file descriptors it accepts a second later, here on a closed socket.
+        report = printable(f"{context['message']}: {context.get('exception')!r}")
+        if report != self._last_report or loop.time() - self._last_time >= _QUIET:
+            self._last_report, self._last_time = report, loop.time()
             log.error("%s", report)
 
 
-def _reason(error: OSError | UnicodeError) -> str:
+def _reason(error: OSError | UnicodeError | RuntimeError) -> str:
     """Return in a few words why the system did not let us listen."""
+    if isinstance(error, RuntimeError):  # of a thread
+        return str(error)
     if isinstance(error, socket.gaierror):
         return str(error.strerror)
     if isinstance(error, UnicodeError):

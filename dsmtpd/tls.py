@@ -1,12 +1,12 @@
-"""How the server shows that it is the right one: the certificate, and why a handshake fails."""
+"""The certificate that the server shows, and TLS as a layer without I/O."""
 
 from __future__ import annotations
 
 import ssl
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
-from typing import IO, TYPE_CHECKING, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
     from dsmtpd.options import Options
 
-# At the top of each CA file: what does not begin with it has another's work in it.
+# At the top of each CA file: files without this marker belong to someone else.
 _MARK = b"# The CA of a dsmtpd, made when that started.\n"
 
+# The largest piece of plain text that TLS encrypts at once, in octets (RFC 8446, section 5.1).
+_RECORD = 16 * 1024
 
 # What OpenSSL says of clients that speak no TLS, or an old one, and what that means.
 _REASONS = {
@@ -31,54 +33,97 @@ class TLSError(Exception):
     """The server cannot speak TLS; the text tells the file and the reason."""
 
 
-class Certificate(NamedTuple):
-    """What clients are shown.
+def certificate(options: Options) -> tuple[ssl.SSLContext | None, bytes | None]:
+    """Return what holds the certificate that *options* name, or a generated one.
 
-    *context*: holds the certificate and its key; None without TLS.
-    *ca*: the certificate of the CA in PEM, when all this has been made.
+    With a generated one comes its CA, in PEM; without TLS there is neither. Raises `TLSError`.
     """
-
-    context: ssl.SSLContext | None
-    ca: bytes | None
-
-
-def certificate(options: Options) -> Certificate:
-    """Return the certificate that *options* name, or make one; raises `TLSError`."""
     if options.tls is None:
-        return Certificate(None, None)
+        return None, None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if options.tls_cert is None:
-        return Certificate(context, _make(context, options.interface))
+        return context, _generate(context, options.interface)
     _load(context, options.tls_cert, options.tls_key)
-    return Certificate(context, None)
+    return context, None
 
 
 @contextmanager
 def ca_file(ca: bytes | None, path: str | None) -> Iterator[str | None]:
-    """Lend the name of a file with *ca*, if there is one: *path*, which stays, or a temporary file.
+    """Yield the name of a file with *ca*, if there is one: *path*, which stays, or a temporary one.
 
     Raises `TLSError`.
     """
     with ExitStack() as stack:
-        if ca is not None:
-            path = path or stack.enter_context(_temporary()).name
-            _write(path, _MARK + ca)
+        try:
+            if ca is not None:
+                path = path or stack.enter_context(_temporary()).name
+                _write(Path(path), _MARK + ca)
+        except OSError as error:
+            where = path or "a temporary file"
+            raise TLSError(f"Cannot write the CA to {where}: {error.strerror}") from error
         yield path
 
 
-def failure(error: OSError) -> str:
-    """Return in a few words why a handshake has failed with *error*."""
-    if isinstance(error, ssl.SSLError):
-        reason = error.reason or str(error)
-        words = reason.replace("_", " ").lower()
-        # The alerts of RFC 8446, section 6.2, such as unknown_ca and bad_certificate.
-        if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
-            return f"the client does not trust the certificate ({words.partition('alert ')[2]})"
-        return _REASONS.get(reason, words)
-    if isinstance(error, ConnectionAbortedError):
-        return "it takes too long; perhaps the client speaks plain text"
-    return "the client has left; perhaps it speaks plain text, or does not trust the certificate"
+class Layer:
+    """TLS between a connection and a conversation: encrypted octets in, plain octets out, and back.
+
+    *cipher*: the cipher, the TLS version and the secret bits, as `ssl.SSLObject.cipher` has them;
+    None until the handshake is done.
+    *ended*: whether the client has said that it sends nothing more.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        """Wait for the client to begin."""
+        self.cipher: tuple[str, str, int] | None = None
+        self.ended = False
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def receive(self, octets: bytes) -> bytes:
+        """Return what *octets* of the client mean; what is to be sent then is in `outgoing`.
+
+        Raises `ssl.SSLError` when that is no TLS, or when there can be no session.
+        """
+        # Piece by piece, since the buffer for them never shrinks.
+        view = memoryview(octets)
+        pieces = (view[begin : begin + _RECORD] for begin in range(0, len(octets), _RECORD))
+        return b"".join(record for piece in pieces for record in self._records(piece))
+
+    def _records(self, octets: memoryview) -> Iterator[bytes]:
+        """Yield the plain text of each record that *octets* complete."""
+        self._incoming.write(octets)
+        with suppress(ssl.SSLWantReadError):
+            if self.cipher is None:
+                self._object.do_handshake()
+                self.cipher = self._object.cipher()
+            while record := self._object.read(_RECORD):
+                yield record
+            self.ended = True
+
+    def outgoing(self) -> bytes:
+        """Return the octets that are to be sent to the client."""
+        return self._outgoing.read()
+
+    def send(self, octets: bytes) -> None:
+        """Encrypt *octets*."""
+        self._object.write(octets)
+
+    def close(self) -> None:
+        """Say that nothing more is sent (RFC 8446, section 6.1)."""
+        # It also waits for the client to say so, which nobody does here.
+        with suppress(ssl.SSLError):
+            self._object.unwrap()
+
+
+def failure(error: ssl.SSLError) -> str:
+    """Return in a few words why a handshake failed with *error*."""
+    reason = error.reason or str(error)
+    words = reason.replace("_", " ").lower()
+    # The alerts of RFC 8446, section 6.2, such as unknown_ca and bad_certificate.
+    if "ALERT" in reason and ("UNKNOWN_CA" in reason or "CERTIFICATE" in reason):
+        return f"the client does not trust the certificate ({words.partition('alert ')[2]})"
+    return _REASONS.get(reason, words)
 
 
 def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
@@ -112,8 +157,8 @@ def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
     return key, "No private key in PEM"
 
 
-def _make(context: ssl.SSLContext, interface: str) -> bytes:
-    """Load a certificate that is made for this host and *interface*; return its CA in PEM."""
+def _generate(context: ssl.SSLContext, interface: str) -> bytes:
+    """Load a new certificate for this host and *interface*; return its CA in PEM."""
     try:
         import trustme  # noqa: PLC0415  # an extra, and slow to import
     except ImportError:
@@ -122,9 +167,9 @@ def _make(context: ssl.SSLContext, interface: str) -> bytes:
         ) from None
     ca = trustme.CA(organization_name="dsmtpd")
     names = dict.fromkeys(("localhost", "127.0.0.1", "::1", gethostname(), interface))
-    made = ca.issue_cert(*(name for name in names if _can_be_certified(ca, name)))
+    generated = ca.issue_cert(*(name for name in names if _can_be_certified(ca, name)))
     try:
-        made.configure_cert(context)  # by way of a temporary file
+        generated.configure_cert(context)  # by way of a temporary file
     except OSError as error:
         raise TLSError(f"Cannot make a certificate: {error.strerror}") from error
     return ca.cert_pem.bytes()
@@ -134,10 +179,7 @@ def _temporary() -> IO[bytes]:
     """Return a file that goes when it is closed."""
     import tempfile  # noqa: PLC0415  # slow to import
 
-    try:
-        return tempfile.NamedTemporaryFile(prefix="dsmtpd-ca-", suffix=".pem")
-    except OSError as error:
-        raise TLSError(f"Cannot write the CA to a temporary file: {error.strerror}") from error
+    return tempfile.NamedTemporaryFile(prefix="dsmtpd-ca-", suffix=".pem")
 
 
 def _can_be_certified(ca: trustme.CA, name: str) -> bool:
@@ -149,12 +191,8 @@ def _can_be_certified(ca: trustme.CA, name: str) -> bool:
     return True
 
 
-def _write(path: str, pem: bytes) -> None:
-    """Write the CA to the file *path*, but never over somebody else's work."""
-    file = Path(path)
-    try:
-        if file.is_file() and (content := file.read_bytes()) and not content.startswith(_MARK):
-            raise TLSError(f"Cannot write the CA to {path}: It has been written by another program")
-        file.write_bytes(pem)
-    except OSError as error:
-        raise TLSError(f"Cannot write the CA to {path}: {error.strerror}") from error
+def _write(file: Path, pem: bytes) -> None:
+    """Write the CA to *file*, but never over somebody else's work."""
+    if file.is_file() and (content := file.read_bytes()) and not content.startswith(_MARK):
+        raise TLSError(f"Cannot write the CA to {file}: It has been written by another program")
+    file.write_bytes(pem)

@@ -27,7 +27,7 @@ def _settings_of_main() -> Iterator[None]:
     """Undo what `main` sets for its process, and heed SIGINT even where a script runs the tests."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    levels = {name: logging.getLogger(name).level for name in (None, "mail.log", "asyncio")}
+    levels = {name: logging.getLogger(name).level for name in (None, "asyncio")}
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

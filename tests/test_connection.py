@@ -3,15 +3,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import TYPE_CHECKING
 
 import pytest
 
-from dsmtpd.protocol import SMTP
 from dsmtpd.server import Listener
 from tests.tools import (
     BEGIN,
     FREE,
+    PATIENCE,
     Clock,
     Handler,
     Wire,
@@ -20,81 +21,17 @@ from tests.tools import (
     connect,
     converse,
     reset,
+    troubles,
+    turns,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# More than the buffers of a connection and of the system hold together.
+MOST = 4 * 1024 * 1024
 
-class Ending:
-    """A handler that, at the NOOP of another session, ends the session whose NOOP came first."""
-
-    def __init__(self) -> None:
-        self.first: SMTP | None = None
-        self.noops = 0
-
-    async def handle_NOOP(self, server: SMTP, *_: object) -> str:
-        self.noops += 1
-        if self.first is None:
-            self.first = server
-        else:
-            self.first.data_received(b"NOOP\r\n")
-            await self.first.hang_up()
-        return "250 OK"
-
-
-def test_a_session_that_is_hung_up_carries_out_nothing_more() -> None:
-    handler = Ending()
-    with Listener(handler, FREE) as listener, connect(listener.port) as other:
-        first = connect(listener.port)
-        first.noop()
-        other.noop()
-        assert first.getreply()[0] == 421
-        assert handler.noops == 2
-        first.close()
-
-
-class EndingAtData:
-    """A handler that has the session end as soon as it has taken a mail."""
-
-    async def handle_DATA(self, server: SMTP, *_: object) -> str:
-        self.ending = asyncio.create_task(server.hang_up())
-        return "250 OK"
-
-
-def test_a_mail_that_has_been_taken_is_acknowledged_before_the_session_ends() -> None:
-    with Listener(EndingAtData(), FREE) as listener:
-        client = connect(listener.port)
-        begin_data(client)
-        client.send(b".\r\n")
-        assert client.getreply() == (250, b"OK")
-        assert client.getreply()[0] == 421
-        client.close()
-
-
-def test_a_session_without_a_client_can_be_hung_up() -> None:
-    async def hang_up() -> None:
-        await SMTP(Handler(), hostname="x.test", loop=asyncio.get_running_loop()).hang_up()
-
-    asyncio.run(hang_up())
-
-
-def test_an_upload_that_breaks_off_leaves_nothing_in_memory() -> None:
-    gc.disable()
-    tracemalloc.start()
-    try:
-        with Listener(Handler(), FREE) as listener, connect(listener.port) as other:
-            for _ in range(20):
-                client = connect(listener.port)
-                begin_data(client)
-                client.send(bytes(1_000_000))
-                other.noop()
-                reset(client)
-                other.noop()
-            assert tracemalloc.get_traced_memory()[0] < 5_000_000
-    finally:
-        tracemalloc.stop()
-        gc.enable()
+HELP = b"HELP " + b"x" * 300 + b"\r\n"
 
 
 def test_what_a_client_sends_before_it_closes_its_half_is_carried_out_and_answered() -> None:
@@ -104,16 +41,25 @@ def test_what_a_client_sends_before_it_closes_its_half_is_carried_out_and_answer
     assert handler.contents == [b""]
 
 
-def test_a_mail_without_its_end_is_none() -> None:
+def test_a_client_that_closes_its_half_too_soon_sends_no_mail() -> None:
     handler = Handler()
     assert codes(converse([b"HELO x\r\n" + BEGIN + b"hi\r\n."], handler))[-1] == 354
     assert handler.contents == []
 
 
-@pytest.mark.parametrize("octets", [1002, 300_000, 3_000_000])
-def test_a_command_line_that_is_too_long_is_refused_once(octets: int) -> None:
-    replies = converse([b"NOOP " + b"x" * (octets - 5) + b"\r\nNOOP\r\n"], Handler())
-    assert codes(replies) == [220, 500, 250]
+def test_the_server_closes_the_connection_after_quit() -> None:
+    async def run() -> list[bytes]:
+        wire = Wire(Handler())
+        await wire.open()
+        # With two clients the replies of a turn go out together.
+        other = Wire(Handler(), service=wire.service)
+        await other.open()
+        await wire.send(b"QUIT\r\nNOOP\r\n")
+        assert wire.service.clients == {other.session}
+        await other.replies()
+        return await wire.replies()
+
+    assert codes(asyncio.run(run())) == [220, 221]
 
 
 def test_sessions_share_nothing_that_a_client_says() -> None:
@@ -135,12 +81,77 @@ def test_sessions_share_nothing_that_a_client_says() -> None:
     ]
 
 
-class Slow(Handler):
-    """A handler that takes ten minutes for a mail."""
+def test_a_client_that_pipelines_much_keeps_no_other_waiting() -> None:
+    async def run() -> int:
+        busy = Wire(Handler())
+        await busy.open()
+        other = Wire(Handler(), service=busy.service)
+        await other.open()
+        await other.loop.sock_recv(other.socket, 100)
+        await busy.loop.sock_sendall(busy.socket, b"NOOP\r\n" * 20_000)
+        await other.loop.sock_sendall(other.socket, b"NOOP\r\n")
+        assert await other.loop.sock_recv(other.socket, 100) == b"250 OK\r\n"
+        answered = busy.read().count(b"250 OK\r\n")
+        await other.replies()
+        assert len(await busy.replies()) + answered >= 20_000
+        return answered
 
-    async def handle_DATA(self, server: object, session: object, envelope: Any) -> str:
-        await asyncio.sleep(600)
-        return await super().handle_DATA(server, session, envelope)
+    assert 0 < asyncio.run(run()) < 1000
+
+
+def test_an_upload_that_breaks_off_leaves_nothing_in_memory() -> None:
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with Listener(Handler(), FREE) as listener, connect(listener.port) as other:
+            for _ in range(20):
+                client = connect(listener.port)
+                begin_data(client)
+                client.send(bytes(1_000_000))
+                other.noop()
+                reset(client)
+                other.noop()
+            assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+# What is read, and what is not.
+
+
+def test_a_client_that_does_not_read_is_waited_for() -> None:
+    async def run() -> None:
+        wire = Wire(Handler())
+        wire.hold_little()
+        await wire.open()
+        count = await wire.fill(HELP * 100, MOST) // len(HELP)
+        assert count * len(HELP) < MOST // 2
+        assert codes(await wire.lines(1 + count)) == [220, *[214] * count]
+        await wire.replies()
+
+    asyncio.run(run())
+
+
+def test_little_is_read_of_what_a_client_pipelines_while_its_mail_is_delivered() -> None:
+    async def run() -> None:
+        gate = asyncio.Event()
+        wire = Wire(Handler(lambda *_: gate.wait()))
+        await wire.open()
+        await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
+        sent = await wire.fill(HELP * 100, MOST)
+        # Of that the system holds some, too.
+        assert 256 * 1024 < sent < 800 * 1024
+        gate.set()
+        count = sent // len(HELP)
+        replies = codes(await wire.lines(6 + count))
+        assert replies == [220, 250, 250, 250, 354, 250, *[214] * count]
+        await wire.replies()
+
+    asyncio.run(run())
+
+
+# The clock.
 
 
 @pytest.fixture
@@ -161,9 +172,11 @@ def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(clock: C
             clock.ahead += 299
             await wire.send(piece)
         clock.ahead += 299
-        await asyncio.sleep(0)
-        assert wire.session.transport is not None
+        await wire.send(b"")
+        assert wire.session in wire.service.clients
         clock.ahead += 2
+        await wire.send(b"")
+        assert wire.session not in wire.service.clients
         return await wire.replies()
 
     replies = clock.run_until_complete(run())
@@ -171,92 +184,148 @@ def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(clock: C
     assert handler.contents == [b"slowly\r\n"]
 
 
-def test_a_client_is_not_cut_while_it_waits_for_a_delivery(clock: Clock) -> None:
-    handler = Slow()
-
+@pytest.mark.parametrize(
+    ("seconds", "count"), [(31, 20), (299, 1)], ids=["while it lasts", "right after it"]
+)
+def test_a_client_is_not_cut_for_the_time_that_a_delivery_needs(
+    clock: Clock, seconds: int, count: int
+) -> None:
     async def run() -> list[bytes]:
-        wire = Wire(handler)
+        gate = asyncio.Event()
+        wire = Wire(Handler(lambda *_: gate.wait()))
         await wire.open()
         await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
-        for _ in range(20):
-            clock.ahead += 31
-            await asyncio.sleep(0)
+        for _ in range(count):
+            clock.ahead += seconds
+            await turns(3)
+        gate.set()
+        await turns(3)
+        clock.ahead += 299
+        await turns(3)
+        await wire.send(b"NOOP\r\n")
         return await wire.replies()
 
-    assert codes(clock.run_until_complete(run()))[-2:] == [354, 250]
-    assert len(handler.contents) == 1
+    assert codes(clock.run_until_complete(run())) == [220, 250, 250, 250, 354, 250, 250]
 
 
-def packets(group: bytes, count: int) -> list[bytes]:
-    """Return what a client receives at once, *count* times, that sends a *group* of commands."""
-
-    async def run() -> list[bytes]:
+def test_a_client_that_does_not_read_is_cut_at_last(clock: Clock) -> None:
+    async def run() -> None:
         wire = Wire(Handler())
+        wire.hold_little()
         await wire.open()
-        await wire.send(b"EHLO x\r\n")
-        await wire.loop.sock_recv(wire.socket, 65536)
-        await wire.loop.sock_sendall(wire.socket, group)
-        received = [await wire.loop.sock_recv(wire.socket, 65536) for _ in range(count)]
-        await wire.replies()
-        return received
+        await wire.fill(HELP * 100, MOST)
+        clock.ahead += 301
+        await turns(3)
+        assert wire.session not in wire.service.clients
+        wire.socket.close()
 
-    return asyncio.run(run())
-
-
-def test_the_replies_to_a_group_come_together() -> None:
-    group = b"MAIL FROM:<a@x>\r\nrcpt TO:<b@x>\r\nRSET\r\nNOOP\r\n" + b"rset\r\n" * 7 + b"RS"
-    # NOOP is answered at once (RFC 2920, section 3.2).
-    assert packets(group, 2) == [b"250 OK\r\n" * 4, b"250 OK\r\n" * 7]
+    clock.run_until_complete(run())
 
 
-def test_a_reply_to_no_command_of_a_group_does_not_wait() -> None:
-    refused = b'500 Error: command "RSETX" not recognized\r\n'
-    assert packets(b"RSETX\r\n" + b"RSET\r\n" * 7 + b"RS", 2) == [refused, b"250 OK\r\n" * 7]
+# The end of the server.
 
 
-def test_the_replies_to_a_long_group_come_in_parts() -> None:
-    for packet in packets(b"RSET\r\n" * 2000, 3):
-        assert 4000 < len(packet) < 5000
+def test_a_delivery_that_has_begun_is_acknowledged_before_the_server_hangs_up() -> None:
+    async def run() -> list[bytes]:
+        gate = asyncio.Event()
+        wire = Wire(handler := Handler(lambda *_: gate.wait()))
+        await wire.open()
+        await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n" + BEGIN + b".\r\nNOOP\r\n")
+        ending = asyncio.create_task(wire.service.hang_up())
+        await wire.send(b"NOOP\r\n" * 10)
+        assert not ending.done()
+        gate.set()
+        await ending
+        replies = (await wire.loop.sock_recv(wire.socket, 65536)).splitlines()
+        assert await wire.loop.sock_recv(wire.socket, 65536) == b""
+        wire.socket.close()
+        assert len(handler.envelopes) == 1
+        return replies
+
+    replies = asyncio.run(run())
+    assert codes(replies) == [220, 250, 250, 250, 354, 250, 421]
+    assert replies[-1] == b"421 4.3.2 dsmtpd is stopping"
+
+
+@pytest.mark.parametrize("stops_first", [False, True])
+def test_the_server_waits_for_the_delivery_of_a_client_that_vanishes(*, stops_first: bool) -> None:
+    async def run() -> None:
+        gate = asyncio.Event()
+        wire = Wire(handler := Handler(lambda *_: gate.wait()))
+        await wire.open()
+        await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
+        if not stops_first:
+            wire.socket.close()  # with replies that it has not read: a reset
+            await turns(6)
+        ending = asyncio.create_task(wire.service.hang_up())
+        await turns(6)
+        if stops_first:
+            wire.socket.close()
+            await turns(6)
+        assert wire.session not in wire.service.clients
+        assert not ending.done()
+        gate.set()
+        await ending
+        assert handler.contents == [b""]
+
+    asyncio.run(run())
+
+
+def test_the_server_does_not_wait_for_a_client_that_does_not_read() -> None:
+    async def run() -> None:
+        wire = Wire(Handler())
+        wire.hold_little()
+        await wire.open()
+        await wire.fill(HELP * 100, MOST)
+        await asyncio.wait_for(wire.service.hang_up(), PATIENCE)
+        await turns(3)
+        assert wire.session not in wire.service.clients
+        wire.socket.close()
+
+    asyncio.run(run())
 
 
 def test_the_replies_of_a_group_come_before_the_end() -> None:
     async def run() -> bytes:
         wire = Wire(Handler())
         await wire.open()
-        await wire.send(b"HELO x\r\n")
-        await wire.loop.sock_recv(wire.socket, 65536)
-        await wire.send(b"RSET\r\n" * 100)
-        await wire.session.hang_up()
-        received = await wire.loop.sock_recv(wire.socket, 65536)
+        await wire.send(b"HELO x\r\n" + b"RSET\r\n" * 100 + b"RS")
+        await wire.service.hang_up()
+        received = wire.read()
         wire.socket.close()
         return received
 
-    *replies, last, end = asyncio.run(run()).split(b"\r\n")
-    assert (last[:3], end) == (b"421", b"")
-    assert 0 < len(replies) < 100
-    assert set(replies) == {b"250 OK"}
+    *replies, end = asyncio.run(run()).split(b"\r\n")
+    assert end == b""
+    assert codes(replies) == [220, *[250] * 101, 421]
 
 
-class Chatty:
-    """A handler that has much to say to each NOOP."""
-
-    noops = 0
-
-    async def handle_NOOP(self, *_: object) -> str:
-        self.noops += 1
-        return "250 " + "x" * 100_000
+# What goes wrong.
 
 
-def test_a_client_that_does_not_read_is_waited_for() -> None:
-    handler = Chatty()
+def test_a_failure_in_the_middle_of_a_mail_ends_the_session_and_makes_no_command_of_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(BytesIO):
+        def write(self, octets: object) -> int:
+            if self.tell() >= 1000:
+                raise MemoryError
+            return super().write(octets)  # type: ignore[arg-type]  # any buffer
 
-    async def run() -> None:
+    monkeypatch.setattr("dsmtpd.conversation.BytesIO", Full)
+    handler = Handler()
+    evil = b"\r\nRSET\r\nMAIL FROM:<evil@x>\r\nRCPT TO:<b@x>\r\nDATA\r\nevil\r\n.\r\n"
+
+    async def run() -> list[bytes]:
         wire = Wire(handler)
         await wire.open()
-        await wire.send(b"NOOP\r\n" * 200)
-        for _ in range(1000):
-            await asyncio.sleep(0)
-        assert handler.noops < 100
-        assert len(await wire.replies()) == 201
+        await wire.send(b"HELO x\r\n" + BEGIN + b"x" * 1000)
+        await wire.send(evil * 100)
+        assert wire.session not in wire.service.clients
+        return await wire.replies()
 
-    asyncio.run(run())
+    replies = asyncio.run(run())
+    assert codes(replies) == [220, 250, 250, 250, 354, 421]
+    assert replies[-1] == b"421 4.3.0 Internal error"
+    assert handler.envelopes == []
+    assert troubles(caplog) == [("ERROR", "Internal error: MemoryError()")]

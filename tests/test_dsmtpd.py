@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import mailbox
 import os
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 from unittest.mock import call, patch
@@ -27,7 +28,7 @@ from dsmtpd import __version__, _dsmtpd
 from dsmtpd._dsmtpd import DsmtpdHandler, main
 from dsmtpd.maildir import ensure_maildir
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, send, stored
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, send, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,8 +96,14 @@ def test_a_line_that_servers_may_refuse_is_told(caplog: pytest.LogCaptureFixture
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("dsmtpd", "WARNING")
     assert caplog.messages == [
-        "127.0.0.1:1234: The longest line has 2000 octets; servers may refuse more than 998"
+        "127.0.0.1:1234: The longest line has 2000 octets; other servers may refuse more than 998"
     ]
+
+
+def test_of_a_large_mail_the_first_mebibyte_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    handle(DsmtpdHandler(), b"x" * 2_000_000)
+    line = "The longest line in the first MiB has 1048576 octets; other servers may refuse more"
+    assert caplog.messages == [f"127.0.0.1:1234: {line} than 998"]
 
 
 def test_nothing_is_stored_without_a_maildir(
@@ -116,17 +123,53 @@ def test_a_mail_is_stored_behind_its_envelope(tmp_path: Path) -> None:
     assert mail["Subject"] == "Hello"
 
 
-def test_the_handler_works_under_a_plain_controller_of_aiosmtpd(tmp_path: Path) -> None:
-    # aiosmtpd's own Controller cannot tell which free port it took.
+@contextmanager
+def plain_controller(handler: DsmtpdHandler) -> Iterator[int]:
+    """Serve *handler* by aiosmtpd alone; yield the port."""
+    # Its own Controller cannot tell which free port it took.
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    controller = Controller(DsmtpdHandler(tmp_path), hostname="127.0.0.1", port=port)
+    controller = Controller(handler, hostname="127.0.0.1", port=port)
     controller.start()
     try:
-        send(port)
+        yield port
     finally:
         controller.stop()
+
+
+def test_the_handler_works_under_a_plain_controller_of_aiosmtpd(tmp_path: Path) -> None:
+    with plain_controller(DsmtpdHandler(tmp_path)) as port:
+        send(port)
     assert len(stored(tmp_path)) == 1
+
+
+def test_under_a_plain_controller_a_mail_that_is_shown_is_stored_though_its_client_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmtpd")
+    gate, done, rename = Gate(), queue.SimpleQueue[None](), os.rename
+
+    def rename_and_tell(*paths: str) -> None:
+        rename(*paths)
+        done.put(None)
+
+    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    monkeypatch.setattr(os, "rename", rename_and_tell)
+    with plain_controller(DsmtpdHandler(tmp_path)) as port:
+        # More clients than there are threads: some deliveries wait for one, and could be dropped.
+        clients = [connect(port) for _ in range(40)]
+        for client in clients:
+            begin_data(client)
+            client.send(b".\r\n")
+        with connect(port) as other:
+            other.noop()
+            for client in clients:
+                reset(client)
+            other.noop()
+    gate.opened.set()
+    for _ in caplog.messages:
+        done.get(timeout=PATIENCE)
+    assert len(stored(tmp_path)) == len(caplog.messages) == 40
 
 
 def test_dots_are_unstuffed_and_the_dot_that_ends_the_mail_is_not_stored(tmp_path: Path) -> None:
@@ -248,7 +291,7 @@ class Gate:
         assert self.opened.wait(PATIENCE)
 
 
-def test_a_slow_disk_keeps_no_other_session_waiting(
+def test_a_slow_disk_blocks_no_other_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -262,7 +305,8 @@ def test_a_slow_disk_keeps_no_other_session_waiting(
         for client in busy:
             begin_data(client)
             client.send(b".\r\n")
-        gate.reached.get(timeout=PATIENCE)
+        for _ in busy:  # All of them wait for the disk at the same time.
+            gate.reached.get(timeout=PATIENCE)
         assert other.noop()[0] == 250
         assert list((tmp_path / "new").iterdir()) == []
         gate.opened.set()
@@ -301,6 +345,24 @@ def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at
     assert len(stored(tmp_path)) == len(mails)
 
 
+@pytest.mark.parametrize("threads", [0, 3])
+def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    start, started = threading.Thread.start, itertools.count()
+
+    def start_few(thread: threading.Thread) -> None:
+        if thread.name.startswith("delivery") and next(started) >= threads:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
+        for _ in range(3):
+            client.sendmail("a@x", ["b@x"], MAIL)
+    assert len(stored(tmp_path)) == 3
+
+
 def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,10 +377,11 @@ def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
             client.send(b".\r\n")
         with connect(listener.port) as other:
             other.noop()
-        for client in clients:
-            client.close()
+            for client in clients:
+                reset(client)
+            other.noop()
         gate.opened.set()
-    assert len(stored(tmp_path)) == len(caplog.messages)
+    assert len(stored(tmp_path)) == len(caplog.messages) == 40
 
 
 def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(

@@ -10,23 +10,26 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from dsmtpd.maildir import count_mails, create_maildir, deliver, ensure_maildir, is_maildir
+from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
 from tests.tools import PATIENCE, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
-def maildir(tmp_path: Path) -> Path:
-    path = tmp_path / "maildir"
-    ensure_maildir(path)
-    return path
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "maildir"
+
+
+@pytest.fixture
+def maildir(path: Path) -> Maildir:
+    return Maildir(path)
 
 
 @pytest.fixture
@@ -65,16 +68,17 @@ def test_a_maildir_is_made_with_its_parents_and_for_its_owner(tmp_path: Path) ->
     assert [mode(folder) for folder in (path, *sorted(path.iterdir()))] == [0o700] * 4
 
 
-def test_a_maildir_is_completed_and_what_is_in_it_is_kept(maildir: Path) -> None:
-    (maildir / "cur" / "mail").write_bytes(b"kept")
-    (maildir / "notes.txt").write_bytes(b"kept")
-    (maildir / "tmp").rmdir()
-    maildir.chmod(0o755)
-    ensure_maildir(maildir)
-    assert is_maildir(maildir)
-    assert (maildir / "cur" / "mail").read_bytes() == b"kept"
-    assert (maildir / "notes.txt").read_bytes() == b"kept"
-    assert mode(maildir) == 0o755
+def test_a_maildir_is_completed_and_what_is_in_it_is_kept(path: Path) -> None:
+    ensure_maildir(path)
+    (path / "cur" / "mail").write_bytes(b"kept")
+    (path / "notes.txt").write_bytes(b"kept")
+    (path / "tmp").rmdir()
+    path.chmod(0o755)
+    ensure_maildir(path)
+    assert is_maildir(path)
+    assert (path / "cur" / "mail").read_bytes() == b"kept"
+    assert (path / "notes.txt").read_bytes() == b"kept"
+    assert mode(path) == 0o755
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "link", "maildir/new"])
@@ -89,25 +93,57 @@ def test_what_is_no_folder_cannot_be_a_maildir(tmp_path: Path, place: str) -> No
 
 
 @pytest.mark.parametrize("name", ["tmp", "new"])
+@pytest.mark.parametrize("lacking", [os.W_OK, os.X_OK])
 def test_a_folder_that_cannot_be_written_to_is_named(
-    maildir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    path: Path, name: str, lacking: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may write everywhere; test_main has the system refuse it.
-    monkeypatch.setattr(os, "access", lambda path, _mode: path != maildir / name)
+    # Root may do everything; test_main has the system refuse it.
+    def access(folder: Path, wanted: int) -> bool:
+        return folder != path / name or not wanted & lacking
+
+    monkeypatch.setattr(os, "access", access)
     with pytest.raises(PermissionError, match="Not writable") as raised:
-        ensure_maildir(maildir)
-    assert raised.value.filename == str(maildir / name)
+        Maildir(path)
+    assert raised.value.filename == str(path / name)
 
 
-def test_a_lent_maildir_is_a_mailbox(tmp_path: Path) -> None:
-    with create_maildir(tmp_path / "a" / "b") as lent:
-        assert isinstance(lent, mailbox.Maildir)
-        lent.add(b"Subject: x\n\n")
-        assert len(lent) == 1
+def test_a_yielded_maildir_is_ours_and_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(mailbox.Maildir, "lock", lambda _: events.append("locked"))
+    monkeypatch.setattr(mailbox.Maildir, "unlock", lambda _: events.append("unlocked"))
+    with create_maildir(tmp_path / "a" / "b") as maildir:
+        assert isinstance(maildir, Maildir)
+        maildir.add(b"Subject: x\n\n")
+        events.append(f"{len(maildir)} mail")
+    assert events == ["locked", "1 mail", "unlocked"]
     assert is_maildir(tmp_path / "a" / "b")
 
 
-def test_a_missing_maildir_is_not_made_when_that_is_not_wanted(tmp_path: Path) -> None:
+def test_a_yielded_maildir_is_unlocked_whatever_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(mailbox.Maildir, "unlock", lambda _: events.append("unlocked"))
+    with pytest.raises(KeyError), create_maildir(tmp_path) as maildir:
+        maildir.get_bytes("no such key")
+    assert events == ["unlocked"]
+
+
+def test_a_file_of_another_is_never_written_to(
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
+    *before, number, after = re.split(r"(?<=Q)(\d+)", maildir.add(b"x"))
+    taken = path / "tmp" / f"{''.join(before)}{int(number) + 1}{after}"
+    taken.write_bytes(b"another's")
+    with pytest.raises(FileExistsError):
+        maildir.add(b"y")
+    assert taken.read_bytes() == b"another's"
+
+
+def test_a_missing_maildir_is_not_created_when_that_is_not_wanted(tmp_path: Path) -> None:
     with (
         pytest.raises(mailbox.NoSuchMailboxError),
         create_maildir(tmp_path / "none", create=False),
@@ -116,26 +152,58 @@ def test_a_missing_maildir_is_not_made_when_that_is_not_wanted(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_and_read_mails_are_counted_and_nothing_else(maildir: Path) -> None:
-    assert count_mails(maildir) == 0
+def test_new_and_read_mails_are_counted_and_nothing_else(path: Path) -> None:
+    ensure_maildir(path)
+    assert count_mails(path) == 0
     for name in ("new/1", "new/2", "cur/3:2,S", "tmp/4", "new/.hidden", "5"):
-        (maildir / name).touch()
-    (maildir / "new" / "folder").mkdir()
-    assert count_mails(maildir) == 3
+        (path / name).touch()
+    (path / "new" / "folder").mkdir()
+    assert count_mails(path) == 3
 
 
-def test_mails_of_this_run_are_not_counted(maildir: Path) -> None:
-    deliver(maildir, b"", b"x")
-    (mail,) = (maildir / "new").iterdir()
-    assert count_mails(maildir) == 0
-    mail.rename(maildir / "cur" / f"{mail.name}:2,S")
-    assert count_mails(maildir) == 0
+def test_mails_of_this_run_are_not_counted(maildir: Maildir, path: Path) -> None:
+    maildir.add(b"x")
+    (mail,) = (path / "new").iterdir()
+    assert count_mails(path) == 0
+    mail.rename(path / "cur" / f"{mail.name}:2,S")
+    assert count_mails(path) == 0
 
 
-def test_a_delivered_mail_is_in_new_with_all_its_bytes(maildir: Path) -> None:
-    path = deliver(maildir, b"X: y\r\n", b"\n\x00\xffbody")
-    assert Path(path).parent == maildir / "new"
-    assert stored(maildir) == [b"X: y\r\n\n\x00\xffbody"]
+def test_a_mail_is_in_new_with_all_its_bytes(maildir: Maildir, path: Path) -> None:
+    key = maildir.add(b"\n\x00\xffbody", head=b"X: y\r\n")
+    assert (path / "new" / key).exists()
+    assert stored(path) == [b"X: y\r\n\n\x00\xffbody"]
+
+
+def test_it_is_a_mailbox_in_all_that_it_does_not_do_itself(maildir: Maildir, path: Path) -> None:
+    key = maildir.add(b"Subject: bytes\r\n\r\nHi\r\n")
+    text = maildir.add("Subject: text\n\nHi\n")
+    message = mailbox.MaildirMessage(maildir[key])
+    message.set_flags("S")
+    maildir[key] = message
+    maildir.add(message)
+    assert sorted(str(mail["Subject"]) for mail in maildir) == ["bytes", "bytes", "text"]
+    assert maildir.get_message(key).get_flags() == "S"
+    assert maildir.get_bytes(text) == b"Subject: text\n\nHi\n"
+    maildir.remove(text)
+    assert len(maildir) == 2
+    maildir.add_folder("old").add(b"Subject: old\n\n")
+    assert maildir.list_folders() == ["old"]
+    assert is_maildir(path / ".old")
+
+
+def test_a_head_goes_with_bytes_only(maildir: Maildir, path: Path) -> None:
+    with pytest.raises(TypeError, match="head goes with bytes, not with str"):
+        maildir.add("Subject: text\n\n", head=b"X: y\n")
+    assert stored(path) == []
+
+
+def test_its_home_folder_may_be_written_as_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Maildir("~/mails").add(b"x")
+    assert stored(tmp_path / "mails") == [b"x"]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +220,11 @@ def test_a_delivered_mail_is_in_new_with_all_its_bytes(maildir: Path) -> None:
         b"From a@x Mon Jan  1 00:00:00 2026\r\nSubject: mbox\r\n\r\n",
     ],
 )
-def test_only_the_line_ends_of_the_content_change(maildir: Path, content: bytes) -> None:
-    deliver(maildir, b"head\n", content)
-    assert stored(maildir) == [b"head\n" + content.replace(b"\r\n", b"\n")]
+def test_only_the_line_ends_of_the_content_change(
+    maildir: Maildir, path: Path, content: bytes
+) -> None:
+    maildir.add(content, head=b"head\n")
+    assert stored(path) == [b"head\n" + content.replace(b"\r\n", b"\n")]
 
 
 def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
@@ -164,8 +234,7 @@ def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
     (tmp_path / "mails").mkdir()
     (entry,) = os.scandir()
     for path in ("", ".", entry, "mails/", str(tmp_path)):
-        ensure_maildir(path)
-        deliver(path, b"", b"x")
+        Maildir(path).add(b"x")
     assert stored(tmp_path) == [b"x"] * 3
     assert stored(tmp_path / "mails") == [b"x"] * 2
 
@@ -173,86 +242,90 @@ def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
 @pytest.mark.parametrize("middle", [b"\r\n", b"\r\r\n", b"\r\n\n", b"\r\n\r\n", b"\n\r", b"xxxx"])
 @pytest.mark.parametrize("shift", range(5))
 def test_a_mail_that_is_written_in_several_pieces_is_whole(
-    maildir: Path, middle: bytes, shift: int
+    maildir: Maildir, path: Path, middle: bytes, shift: int
 ) -> None:
     # Pieces of 256 KiB: the middle lies across the end of one.
     content = b"x" * (256 * 1024 - shift) + middle + b"y" * 300_000
-    deliver(maildir, b"head\n", content)
-    assert stored(maildir) == [b"head\n" + content.replace(b"\r\n", b"\n")]
+    maildir.add(content, head=b"head\n")
+    assert stored(path) == [b"head\n" + content.replace(b"\r\n", b"\n")]
 
 
 def test_a_mail_is_whole_even_if_the_system_takes_it_bit_by_bit(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
-    deliver(maildir, b"head", b"content")
-    assert stored(maildir) == [b"headcontent"]
+    maildir.add(b"content", head=b"head")
+    assert stored(path) == [b"headcontent"]
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0, 0o666)])
 def test_the_mode_of_a_mail_follows_the_umask(
-    maildir: Path, umask: Callable[[int], int], mask: int, expected: int
+    maildir: Maildir, path: Path, umask: Callable[[int], int], mask: int, expected: int
 ) -> None:
     umask(mask)
-    assert mode(Path(deliver(maildir, b"", b"x"))) == expected
+    assert mode(path / "new" / maildir.add(b"x")) == expected
 
 
-def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(maildir: Path) -> None:
-    names = [Path(deliver(maildir, b"", b"x")).name for _ in range(20)]
+def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(
+    maildir: Maildir, path: Path
+) -> None:
+    names = [maildir.add(b"x") for _ in range(20)]
     assert names == sorted(names)
     assert all(re.fullmatch(r"\d+\.M\d{6}P\d+R[0-9a-f]{8}Q\d+\.[^/:]+", name) for name in names)
-    assert len(mailbox.Maildir(maildir, create=False)) == 20
+    assert len(mailbox.Maildir(path, create=False)) == 20
 
 
 def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
+    maildir: Maildir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
     monkeypatch.setattr(socket, "gethostname", lambda: "a/b:c")
-    names = {Path(deliver(maildir, b"", b"x")).name for _ in range(2)}
+    names = {maildir.add(b"x") for _ in range(2)}
     assert len(names) == 2
     form = rf"1700000000\.M000005P{os.getpid()}R[0-9a-f]{{8}}Q\d+\.a\\057b\\072c"
     assert all(re.fullmatch(form, name) for name in names)
 
 
 def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[Path]]] = []
 
     def fsync(fd: int) -> None:
-        seen.append((os.fstat(fd).st_size, list((maildir / "new").iterdir())))
+        seen.append((os.fstat(fd).st_size, list((path / "new").iterdir())))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    deliver(maildir, b"head", b"body")
+    maildir.add(b"body", head=b"head")
     assert seen == [(8, [])]
 
 
 @pytest.mark.parametrize("gone", [".", "tmp", "new"])
-def test_a_maildir_that_was_removed_is_made_again(maildir: Path, gone: str) -> None:
-    shutil.rmtree(maildir / gone)
-    deliver(maildir, b"", b"x")
-    assert is_maildir(maildir)
-    assert stored(maildir) == [b"x"]
+def test_a_maildir_that_was_removed_is_created_again(
+    maildir: Maildir, path: Path, gone: str
+) -> None:
+    shutil.rmtree(path / gone)
+    maildir.add(b"x")
+    assert is_maildir(path)
+    assert stored(path) == [b"x"]
 
 
 def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    removals = iter([maildir])
+    removals = iter([path])
 
     def fsync(_: int) -> None:
-        for path in removals:
-            shutil.rmtree(path)
+        for folder in removals:
+            shutil.rmtree(folder)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    deliver(maildir, b"", b"x")
-    assert stored(maildir) == [b"x"]
+    maildir.add(b"x")
+    assert stored(path) == [b"x"]
 
 
 def test_a_failed_delivery_leaves_nothing_behind(
-    maildir: Path, monkeypatch: pytest.MonkeyPatch
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = []
 
@@ -263,33 +336,35 @@ def test_a_failed_delivery_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left"):
-            deliver(maildir, b"", b"x")
+            maildir.add(b"x")
     assert len(tries) == 1
-    assert stored(maildir) == []
-    deliver(maildir, b"", b"y")
-    assert stored(maildir) == [b"y"]
+    assert stored(path) == []
+    maildir.add(b"y")
+    assert stored(path) == [b"y"]
 
 
-def test_the_first_of_two_failures_is_told(maildir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_two_failures_counts(
+    maildir: Maildir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
     monkeypatch.setattr(os, "unlink", lambda _: fail(errno.EROFS))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        deliver(maildir, b"", b"x")
+        maildir.add(b"x")
 
 
-def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Path) -> None:
+def test_threads_deliver_into_one_maildir_at_the_same_time(maildir: Maildir, path: Path) -> None:
     together = threading.Barrier(8)
 
     def work(worker: int) -> None:
         together.wait(PATIENCE)
         for number in range(25):
-            deliver(maildir, b"", b"%d %d" % (worker, number))
+            maildir.add(b"%d %d" % (worker, number))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert sorted(stored(maildir)) == sorted(
+    assert sorted(stored(path)) == sorted(
         b"%d %d" % (worker, number) for worker in range(8) for number in range(25)
     )

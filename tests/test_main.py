@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import sysconfig
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +19,13 @@ import pytest
 
 from dsmtpd import __version__
 from dsmtpd.maildir import ensure_maildir
-from tests.tools import PATIENCE, RUN, Daemon, begin_data, connect, send, stored
+from tests.tools import MAIL, PATIENCE, RUN, Daemon, begin_data, connect, send, stored
 
 # The whole time that the end may take, from the signal on.
 END_SECONDS = 2.0
+
+# A user that has no other processes.
+USER = 54_321
 
 
 class Start(Protocol):
@@ -35,6 +39,16 @@ def without(capability: str) -> list[str]:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv is not installed")
     return ["setpriv", f"--bounding-set=-{capability}", f"--inh-caps=-{capability}"]
+
+
+def with_tasks(count: int) -> list[str]:
+    """Return the words before a command that lets it have at most *count* threads."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "prlimit"))):
+        pytest.skip("this takes root, setpriv and prlimit")
+    # The system does not limit root.
+    powers = "+dac_override,+dac_read_search"
+    user = ("setpriv", f"--reuid={USER}", f"--inh-caps={powers}", f"--ambient-caps={powers}")
+    return [*user, "prlimit", f"--nproc={count}"]
 
 
 def test_the_module_runs_the_command(
@@ -240,6 +254,27 @@ def test_a_closed_stderr_loses_no_mail_and_stops_nothing(start: Start, tmp_path:
         send(port)
     assert len(stored(tmp_path)) == 3
     assert daemon.end(signal.SIGTERM) == (0, [])
+
+
+def test_where_no_more_threads_can_be_had_mails_are_stored_and_the_end_is_orderly(
+    start: Start,
+) -> None:
+    run = [*with_tasks(2), *RUN]
+    with tempfile.TemporaryDirectory() as folder:  # not below one that is root's alone
+        os.chown(folder, USER, -1)
+        daemon = start("-p", "0", "-d", folder, run=run)
+        with connect(daemon.port()) as client:
+            for _ in range(3):
+                client.sendmail("a@x", ["b@x"], MAIL)
+        assert len(stored(folder)) == 3
+    code, (*mails, last) = daemon.end(signal.SIGTERM)
+    assert (code, len(mails)) == (0, 3)
+    assert last.endswith("INFO: Cleaning up")
+
+
+def test_a_start_without_a_thread_is_one_line_and_exit_code_1(start: Start) -> None:
+    line = "Cannot listen on 127.0.0.1, port 0: can't start new thread"
+    assert start("-p", "0", run=[*with_tasks(1), *RUN]).failure() == (1, line)
 
 
 def test_several_processes_deliver_into_one_maildir(start: Start, tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ import email
 import email.policy
 from email.header import decode_header
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from dsmtpd.message import Message, endpoint, printable
+from dsmtpd.message import Message
 
 PEER = ("127.0.0.1", 54321)
 
@@ -75,10 +74,15 @@ def test_a_long_subject_is_cut_before_it_is_decoded() -> None:
     assert len(subject) < 1000
 
 
-def test_a_subject_behind_a_header_of_more_than_a_mebibyte_is_not_looked_for() -> None:
+def test_a_subject_after_a_header_of_more_than_256_kib_is_not_looked_for() -> None:
     field = b"X-Long: " + b"x" * 1024 + b"\r\n"
-    assert message(field * 900 + b"Subject: seen\r\n").subject == "seen"
-    assert message(field * 1100 + b"Subject: not seen\r\n").subject == ""
+    assert message(field * 240 + b"Subject: seen\r\n").subject == "seen"
+    assert message(field * 260 + b"Subject: not seen\r\n").subject == ""
+
+
+def test_a_subject_after_10_000_fields_is_not_looked_for() -> None:
+    assert message(b"a:\r\n" * 9_999 + b"Subject: seen\r\n").subject == "seen"
+    assert message(b"a:\r\n" * 10_000 + b"Subject: not seen\r\n").subject == ""
 
 
 def test_an_empty_mail_has_no_subject() -> None:
@@ -94,39 +98,6 @@ def test_a_missing_envelope_value_is_the_null_reverse_path_or_the_empty_mail() -
     assert Message.from_envelope(PEER, envelope) == Message(PEER, "<>", (), b"")
 
 
-@pytest.mark.parametrize(
-    ("address", "text"),
-    [
-        (("127.0.0.1", 25), "127.0.0.1:25"),
-        (("::1", 33192, 0, 0), "[::1]:33192"),
-        (("fe80::1%eth0", 25, 0, 2), "[fe80::1%eth0]:25"),
-        (("localhost", 25), "localhost:25"),
-        ("/run/socket", "/run/socket"),
-        (None, "None"),
-    ],
-)
-def test_an_ipv6_host_stands_in_brackets(address: Any, text: str) -> None:
-    assert endpoint(address) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain, é, 用户, 🎉", "plain, é, 用户, 🎉"),
-        ("a\r\nb", r"a\r\nb"),
-        ("a\tb", r"a\tb"),
-        ("\x1b[31m", r"\x1b[31m"),
-        ("\x00\x07\x7f\x85\x9b", r"\x00\x07\x7f\x85\x9b"),
-        ("\u202egpj.exe", r"\u202egpj.exe"),
-        ("\u2028\u2066", r"\u2028\u2066"),
-        ("caf\udce9", r"caf\udce9"),
-        ("\U000e0041", r"\U000e0041"),
-    ],
-)
-def test_what_is_not_printable_is_shown_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
-
-
 def test_the_summary_is_printable_in_all_its_parts() -> None:
     hostile = message(b"Subject: =?utf-8?q?a=1Bb=0Ac?=\r\n", "\x1b@x", ("b\u202e@x", "c@x"))
     assert Message("/run/\x1b", "a@x", (), b"").summary()["peer"] == r"/run/\x1b"
@@ -136,6 +107,28 @@ def test_the_summary_is_printable_in_all_its_parts() -> None:
         "rcpttos": r"b\u202e@x, c@x",
         "subject": r"a\x1bb\nc",
     }
+
+
+def test_of_many_recipients_as_many_are_shown_as_fit_into_4_kib() -> None:
+    few = tuple(f"user{number:03}@example.com" for number in range(178))
+    assert message(b"", rcpt_tos=few).summary()["rcpttos"] == ", ".join(few)
+    shown = message(b"", rcpt_tos=few * 57).summary()["rcpttos"]
+    listed, _, more = shown.rpartition(" and ")
+    count = len(listed.split(", "))
+    assert more == f"{178 * 57 - count:,} more"
+    assert 4000 < len(listed) <= 4096
+
+
+@pytest.mark.parametrize("address", ["\udcff" * 980, "é" * 980, "\U000e0041" * 980])
+def test_no_log_line_is_longer_than_16_kib(address: str) -> None:
+    content = b"Subject: " + b"\xff\x1b" * 5000 + b"\r\n\r\n"
+    summary = message(content, address, (address,) * 10_000).summary()
+    assert sum(len(text.encode()) for text in summary.values()) < 15 * 1024
+    assert summary["rcpttos"].endswith(" more")
+
+
+def test_one_recipient_is_shown_however_long_it_is() -> None:
+    assert message(b"", rcpt_tos=("b" * 5000,)).summary()["rcpttos"] == "b" * 4093 + "..."
 
 
 def test_the_fields_of_the_envelope_come_before_those_of_the_mail() -> None:
@@ -159,6 +152,12 @@ def test_the_longest_line_is_known_when_it_is_over_998_octets(
 ) -> None:
     content = before * 50 + b"x" * octets + after
     assert message(content).longest_line() == (octets if octets > 998 else 0)
+
+
+def test_a_line_counts_as_far_as_it_is_in_the_first_mebibyte() -> None:
+    before = (b"x" * 510 + b"\r\n") * 2046
+    assert message(before + b"y" * 2000).longest_line() == 1024
+    assert message(before + b"\r\n" * 13 + b"y" * 2000).longest_line() == 0
 
 
 def test_the_longest_of_several_long_lines_counts_and_only_crlf_ends_a_line() -> None:
@@ -192,5 +191,6 @@ def test_octets_that_are_no_utf8_are_kept_in_the_envelope_fields() -> None:
     head = message(b"", "caf\udce9@x").envelope_fields()
     parsed = email.message_from_bytes(head, policy=email.policy.compat32)
     assert decode_header(parsed["X-MailFrom"]) == [(b"caf\xe9@x", "unknown-8bit")]
+    assert message(b"", "\udc80" * 99).envelope_fields().count(b"=?unknown-8bit?b?gICA") == 3
     words = message(b"", "🎉" * 25 + "\udce9").envelope_fields().splitlines()[1].split(b" ")
     assert all(len(word) <= 75 for word in words)

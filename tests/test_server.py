@@ -3,11 +3,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import resource
 import smtplib
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +18,22 @@ import pytest
 from dsmtpd import __version__
 from dsmtpd.options import Options
 from dsmtpd.server import Listener, ListenError
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, send, troubles
+from tests.tools import (
+    BEGIN,
+    FREE,
+    MAIL,
+    PATIENCE,
+    Gate,
+    Handler,
+    begin_data,
+    connect,
+    reset,
+    send,
+    troubles,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-class Handler:
-    """Keeps what arrives; a delivery of it waits until the test lets it go on."""
-
-    def __init__(self) -> None:
-        self.contents: list[bytes] = []
-        self.begun = threading.Event()
-        self.may_end = threading.Event()
-        self.may_end.set()
-
-    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
-        self.begun.set()
-        await asyncio.to_thread(self.may_end.wait, PATIENCE)
-        self.contents.append(envelope.content)
-        return "250 OK"
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -87,6 +85,20 @@ def test_the_thread_ends_with_the_block(handler: Handler) -> None:
     assert threads() == []
 
 
+def test_a_system_without_threads_is_reported(
+    handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with (
+        pytest.raises(ListenError, match=r"port 0: can't start new thread$"),
+        Listener(handler, FREE),
+    ):
+        pytest.fail("it has no thread to listen in")
+
+
 def test_the_greeting_names_the_host_and_the_version(handler: Handler) -> None:
     with (
         Listener(handler, FREE) as listener,
@@ -107,7 +119,7 @@ def test_no_connection_asks_the_resolver(handler: Handler, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_port_in_use_is_told_at_once(handler: Handler, host: str) -> None:
+def test_a_port_in_use_is_reported_at_once(handler: Handler, host: str) -> None:
     with (
         Listener(handler, Options(interface=host, port=0)) as first,
         pytest.raises(ListenError) as raised,
@@ -128,7 +140,7 @@ def test_a_port_in_use_is_told_at_once(handler: Handler, host: str) -> None:
         ("not a name", "(Name or service not known|Temporary failure in name resolution)"),
     ],
 )
-def test_an_interface_that_is_none_of_ours_is_told(
+def test_an_interface_that_the_system_lacks_is_reported(
     handler: Handler, interface: str, reason: str
 ) -> None:
     with (
@@ -138,7 +150,7 @@ def test_an_interface_that_is_none_of_ours_is_told(
         pytest.fail("it cannot listen there")
 
 
-def test_an_interface_that_gives_no_socket_is_told(
+def test_an_interface_that_gives_no_socket_is_reported(
     handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def create_server(*_args: object, **_kwargs: object) -> SimpleNamespace:
@@ -172,15 +184,16 @@ def test_leaving_the_block_frees_the_port(handler: Handler) -> None:
     assert handler.contents == [MAIL]
 
 
-def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handler) -> None:
-    handler.may_end.clear()
+def test_leaving_the_block_lets_a_delivery_finish_and_answers_it() -> None:
+    gate = Gate()
+    handler = Handler(gate)
     with ExitStack() as block, ThreadPoolExecutor(1) as pool:
         listener = block.enter_context(Listener(handler, FREE))
         idle = [connect(listener.port) for _ in range(5)]
         busy = connect(listener.port)
         begin_data(busy)
         busy.send(b"Subject: x\r\n.\r\nNOOP\r\n")
-        assert handler.begun.wait(PATIENCE)
+        assert gate.begun.wait(PATIENCE)
         leaving = pool.submit(block.close)
         for client in idle:
             assert client.getreply() == (421, b"4.3.2 dsmtpd is stopping")
@@ -188,7 +201,7 @@ def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handle
         with pytest.raises(ConnectionRefusedError):
             connect(listener.port)
         assert not leaving.done()
-        handler.may_end.set()
+        gate.may_end.set()
         assert busy.getreply() == (250, b"OK")
         assert busy.getreply() == (421, b"4.3.2 dsmtpd is stopping")
         leaving.result(PATIENCE)
@@ -196,15 +209,15 @@ def test_leaving_the_block_lets_a_delivery_finish_and_answers_it(handler: Handle
     assert handler.contents == [b"Subject: x\r\n"]
 
 
-def test_leaving_the_block_does_not_wait_for_all_that_a_client_has_pipelined(
-    handler: Handler,
-) -> None:
-    transaction = b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n.\r\n"
+def test_leaving_the_block_does_not_wait_for_all_that_a_client_has_pipelined() -> None:
+    gate = Gate()
+    gate.may_end.set()
+    handler = Handler(gate)
     with Listener(handler, FREE) as listener:
         client = connect(listener.port)
         client.helo()
-        client.send(transaction * 2000)
-        assert handler.begun.wait(PATIENCE)
+        client.send((BEGIN + b".\r\n") * 2000)
+        assert gate.begun.wait(PATIENCE)
     client.close()
     assert 0 < len(handler.contents) < 2000
 
@@ -220,35 +233,54 @@ def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> Non
     assert handler.contents == []
 
 
-class Blocking:
-    """A handler that stops the event loop at NOOP."""
+def test_leaving_the_block_lets_the_delivery_of_a_client_that_is_gone_finish() -> None:
+    gate = Gate()
+    handler = Handler(gate)
+    with ExitStack() as block, ThreadPoolExecutor(1) as pool:
+        listener = block.enter_context(Listener(handler, FREE))
+        client, other = connect(listener.port), connect(listener.port)
+        begin_data(client)
+        client.send(b".\r\n")
+        assert gate.begun.wait(PATIENCE)
+        reset(client)
+        other.noop()
+        leaving = pool.submit(block.close)
+        assert other.getreply()[0] == 421
+        other.close()
+        gate.may_end.set()
+        leaving.result(PATIENCE)
+    assert handler.contents == [b""]
+
+
+class Stop:
+    """Stops the event loop in a delivery, until the test lets it go on."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
         self.may_end = threading.Event()
 
-    async def handle_NOOP(self, *_: object) -> str:
+    async def __call__(self, *_: object) -> None:
         self.begun.set()
         assert self.may_end.wait(PATIENCE)  # on purpose
-        return "250 OK"
 
 
-def test_a_client_that_connects_while_the_block_is_left_is_told(
+def test_a_client_that_connects_while_the_block_is_left_gets_a_greeting_and_a_421(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    handler = Blocking()
+    stop = Stop()
     run = asyncio.run_coroutine_threadsafe
 
     def run_with_the_clients(coroutine: Any, loop: asyncio.AbstractEventLoop) -> Any:
         future = run(coroutine, loop)
-        handler.may_end.set()
+        stop.may_end.set()
         return future
 
     monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", run_with_the_clients)
-    with Listener(handler, FREE) as listener:
+    with Listener(Handler(stop), FREE) as listener:
         busy = connect(listener.port)
-        busy.putcmd("NOOP")
-        assert handler.begun.wait(PATIENCE)
+        begin_data(busy)
+        busy.send(b".\r\n")
+        assert stop.begun.wait(PATIENCE)
         new = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(5)]
     for client in new:
         client.settimeout(PATIENCE)
@@ -258,57 +290,100 @@ def test_a_client_that_connects_while_the_block_is_left_is_told(
     assert troubles(caplog) == []
 
 
-class Talkative:
-    """A handler with an answer to NOOP that fits into no buffer of the system."""
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-
-    async def handle_NOOP(self, *_: object) -> str:
-        self.asked.set()
-        return "250 " + "x" * 20_000_000
+@pytest.fixture
+def _many_files() -> Iterator[None]:
+    """Allow for the sockets of a thousand clients, and of their server."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_leaving_the_block_does_not_wait_for_a_client_that_does_not_read() -> None:
-    handler = Talkative()
-    with Listener(handler, FREE) as listener:
-        client = connect(listener.port)
-        client.putcmd("NOOP")
-        assert handler.asked.wait(PATIENCE)
-    client.close()
+@pytest.mark.usefixtures("_many_files")
+def test_a_thousand_clients_that_connect_at_once_are_all_greeted(handler: Handler) -> None:
+    with Listener(handler, FREE) as listener, ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(1000)]
+        for client in clients:
+            client.setblocking(False)  # noqa: FBT003  # its only form
+            client.connect_ex((listener.host, listener.port))
+        end = time.monotonic() + PATIENCE
+        for client in clients:
+            client.settimeout(max(0.0, end - time.monotonic()))
+            assert client.recv(4) == b"220 "
 
 
-class Endless:
-    """A handler that never answers a NOOP."""
+@contextmanager
+def out_of_file_descriptors(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> Iterator[smtplib.SMTP]:
+    """Have *listener* accept nothing more; yield a client that is connected to it already."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with closing(connect(listener.port)) as client, ExitStack() as more:
+        others = [more.enter_context(socket.socket()) for _ in range(20)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (others[-1].fileno() + 5, limits[1]))
+            for other in others:
+                other.connect((listener.host, listener.port))
+            while not caplog.records:
+                client.noop()
+            yield client
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-    async def handle_NOOP(self, *_: object) -> None:
-        await asyncio.sleep(3600)
+
+OUT_OF_FILE_DESCRIPTORS = (
+    "ERROR",
+    "socket.accept() out of system resource: OSError(24, 'Too many open files')",
+)
 
 
-def test_leaving_the_block_waits_for_nothing_but_deliveries() -> None:
-    with Listener(Endless(), FREE) as listener:
-        client = connect(listener.port)
-        client.putcmd("NOOP")
-    assert client.getreply()[0] == 421
-    client.close()
+def test_out_of_file_descriptors_the_server_does_not_spin(
+    handler: Handler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dsmtpd.server._QUIET", 0)
+    with Listener(handler, FREE) as listener, out_of_file_descriptors(listener, caplog) as client:
+        client.noop()
+    assert set(troubles(caplog)) == {OUT_OF_FILE_DESCRIPTORS}
+    assert len(caplog.records) < 1000
 
 
-class Busy:
-    """A handler that begins, at NOOP, what never ends."""
+def test_a_server_that_stops_out_of_file_descriptors_reports_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # asyncio tries again after so many seconds, also when it has stopped listening by then.
+    delay = 0.05
+    monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", delay)
+    gate = Gate()
 
-    def __init__(self) -> None:
-        self.begun: list[asyncio.Task[None]] = []
+    async def outlast_the_delay(*_: object) -> None:
+        await gate()
+        await asyncio.sleep(delay)
 
-    async def handle_NOOP(self, *_: object) -> str:
-        self.begun.append(asyncio.create_task(asyncio.sleep(3600)))
-        return "250 OK"
+    with ExitStack() as block, ThreadPoolExecutor(1) as pool:
+        listener = block.enter_context(Listener(Handler(outlast_the_delay), FREE))
+        idle = connect(listener.port)
+        with out_of_file_descriptors(listener, caplog) as client:
+            begin_data(client)
+            client.send(b".\r\n")
+            assert gate.begun.wait(PATIENCE)
+            leaving = pool.submit(block.close)
+            assert idle.getreply()[0] == 421
+            idle.close()
+            gate.may_end.set()
+            assert client.getreply()[0] == 250
+            leaving.result(PATIENCE)
+    assert troubles(caplog) == [OUT_OF_FILE_DESCRIPTORS]
 
 
 def test_leaving_the_block_cancels_what_a_handler_has_begun() -> None:
-    handler = Busy()
-    with Listener(handler, FREE) as listener, connect(listener.port) as client:
-        client.noop()
-    assert [task.cancelled() for task in handler.begun] == [True]
+    begun: list[asyncio.Task[None]] = []
+
+    async def begin(*_: object) -> None:
+        begun.append(asyncio.create_task(asyncio.sleep(3600)))
+
+    with Listener(Handler(begin), FREE) as listener:
+        send(listener.port)
+    assert [task.cancelled() for task in begun] == [True]
 
 
 @pytest.mark.parametrize("begin", [lambda _client: None, begin_data], ids=["idle", "in DATA"])
@@ -325,49 +400,48 @@ def test_a_client_that_vanishes_is_no_error(
     assert troubles(caplog) == []
 
 
-class Failing:
-    """A handler for which, at NOOP, something fails in the event loop."""
-
-    async def handle_NOOP(self, *_: object) -> str:
-        asyncio.get_running_loop().call_soon(int, "no number")
-        return "250 OK"
-
-
-def test_what_asyncio_has_to_tell_is_one_line_and_told_once(
+def test_a_client_that_vanishes_while_the_server_waits_for_it_is_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with Listener(Failing(), FREE) as listener, connect(listener.port) as client:
-        client.noop()
-        client.noop()
-    ((level, text),) = troubles(caplog)
-    assert level == "ERROR"
-    assert re.fullmatch(r"Exception in callback .*: ValueError\(.*", text)
-
-
-class Telling:
-    """A handler for which asyncio has, at NOOP, something to tell that is no exception."""
-
-    async def handle_NOOP(self, *_: object) -> str:
-        asyncio.get_running_loop().call_exception_handler({"message": "told"})
-        return "250 OK"
-
-
-def test_what_is_no_exception_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
-    with Listener(Telling(), FREE) as listener, connect(listener.port) as client:
-        client.noop()
-    assert troubles(caplog) == [("ERROR", "told: None")]
-    assert caplog.records[-1].name == "dsmtpd"
-
-
-def test_a_connection_that_breaks_while_the_server_waits_for_it_is_nothing_to_tell(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    handler = Talkative()
-    with Listener(handler, FREE) as listener, connect(listener.port) as other:
+    gate = Gate()
+    with Listener(Handler(gate), FREE) as listener, connect(listener.port) as other:
         client = connect(listener.port)
-        client.putcmd("NOOP")
-        assert handler.asked.wait(PATIENCE)
+        begin_data(client)
+        client.send(b".\r\n" + b"HELP\r\n" * 10_000)
+        assert gate.begun.wait(PATIENCE)
+        gate.may_end.set()
         reset(client)
         other.ehlo()
     gc.collect()
     assert troubles(caplog) == []
+
+
+def test_what_asyncio_reports_is_one_line_and_comes_again_only_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(*_: object) -> None:
+        asyncio.get_running_loop().call_soon(int, "no number")
+
+    with Listener(Handler(fail), FREE) as listener:
+        for lines in (1, 1, 1):
+            send(listener.port)
+            assert len(troubles(caplog)) == lines
+        monkeypatch.setattr("dsmtpd.server._QUIET", 0)
+        send(listener.port)
+    first, second = troubles(caplog)
+    assert first == second
+    assert first[0] == "ERROR"
+    assert re.fullmatch(r"Exception in callback .*: ValueError\(.*", first[1])
+    assert caplog.records[-1].name == "dsmtpd"
+
+
+def test_another_report_of_asyncio_does_not_wait(caplog: pytest.LogCaptureFixture) -> None:
+    async def report(_server: object, _session: object, envelope: Any) -> None:
+        message = f"about {envelope.mail_from}"
+        asyncio.get_running_loop().call_exception_handler({"message": message})
+
+    with Listener(Handler(report), FREE) as listener, connect(listener.port) as client:
+        for sender in ("a\x1b@x", "b@x", "b@x"):
+            client.sendmail(sender, ["c@x"], MAIL)
+    lines = [text for _, text in troubles(caplog) if text.startswith("about")]
+    assert lines == [r"about a\x1b@x: None", "about b@x: None"]

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 import re
+import resource
 import smtplib
 import socket
 import ssl
+import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import trustme
@@ -26,16 +29,31 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from dsmtpd.connection import Connection
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
-from dsmtpd.tls import TLSError, ca_file, certificate, failure
-from tests.tools import MAIL, PATIENCE, Clock, Handler, Wire, troubles
+from dsmtpd.tls import Layer, TLSError, ca_file, certificate, failure
+from tests.tools import (
+    BEGIN,
+    MAIL,
+    PATIENCE,
+    Clock,
+    Handler,
+    Wire,
+    codes,
+    reset,
+    troubles,
+    turns,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Way = Literal["starttls", "implicit"]
 BOTH: tuple[Way, ...] = ("starttls", "implicit")
+VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 
 STARTTLS = Options(port=0, tls="starttls")
-IMPLICIT = Options(port=0, tls="implicit")
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +62,23 @@ def ca() -> trustme.CA:
 
 
 @pytest.fixture(scope="module")
-def context(ca: trustme.CA) -> ssl.SSLContext:
-    """What a server shows that is called localhost."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert("localhost").configure_cert(context)
+def cert(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the file with the certificate and the key of a server that is called localhost."""
+    file = tmp_path_factory.mktemp("cert") / "localhost.pem"
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(file))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def context(cert: str) -> ssl.SSLContext:
+    """Return what that server shows."""
+    context, _ = certificate(Options(tls="implicit", tls_cert=cert))
+    assert context is not None
     return context
+
+
+def listener_by(way: Way, cert: str, handler: Handler | None = None) -> Listener:
+    return Listener(handler or Handler(), Options(port=0, tls=way, tls_cert=cert))
 
 
 def trusting(ca: trustme.CA) -> ssl.SSLContext:
@@ -58,13 +88,13 @@ def trusting(ca: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-def connect(port: int, way: str, context: ssl.SSLContext, host: str = "localhost") -> smtplib.SMTP:
+def connect(port: int, way: Way, context: ssl.SSLContext) -> smtplib.SMTP:
     """Return a client that speaks TLS."""
     if way == "implicit":
         return smtplib.SMTP_SSL(
-            host, port, local_hostname="client.test", timeout=PATIENCE, context=context
+            "localhost", port, local_hostname="client.test", timeout=PATIENCE, context=context
         )
-    client = smtplib.SMTP(host, port, local_hostname="client.test", timeout=PATIENCE)
+    client = smtplib.SMTP("localhost", port, local_hostname="client.test", timeout=PATIENCE)
     try:
         client.starttls(context=context)
     except OSError:
@@ -73,26 +103,172 @@ def connect(port: int, way: str, context: ssl.SSLContext, host: str = "localhost
     return client
 
 
-class Secret(Handler):
-    """Keeps the ciphers by which mails have come."""
+def before_the_handshake(port: int, way: Way) -> socket.socket:
+    """Return the socket of a client that may begin TLS now."""
+    client = socket.create_connection(("localhost", port), PATIENCE)
+    if way == "starttls":
+        client.sendall(b"STARTTLS\r\n")
+        with client.makefile("rb") as replies:
+            assert [replies.readline()[:4] for _ in range(2)] == [b"220 ", b"220 "]
+    return client
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ciphers: list[str] = []
 
-    async def handle_DATA(self, server: object, session: Any, envelope: object) -> str:
-        self.ciphers.append(session.ssl["cipher"][0])
-        return await super().handle_DATA(server, session, envelope)
+class Client:
+    """The TLS of a client, without I/O."""
+
+    def __init__(self, context: ssl.SSLContext, name: str = "localhost") -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
+        self._is_begun = self.ended = False
+
+    def begin(self) -> bytes:
+        return self.receive(b"")[1]
+
+    def receive(self, octets: bytes) -> tuple[bytes, bytes]:
+        """Return what *octets* of the server mean, and what is to be sent to it then."""
+        self._incoming.write(octets)
+        plain = b""
+        with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            if not self._is_begun:
+                self._object.do_handshake()
+                self._is_begun = True
+            while octets := self._object.read(65536):
+                plain += octets
+            self.ended = True
+        return plain, self._outgoing.read()
+
+    def encrypt(self, octets: bytes) -> bytes:
+        self._object.write(octets)
+        return self._outgoing.read()
+
+    def end(self) -> bytes:
+        """Return the word that nothing more is sent."""
+        with suppress(ssl.SSLWantReadError):
+            self._object.unwrap()
+        return self._outgoing.read()
+
+
+class Secret:
+    """A client of a `Wire`, by TLS."""
+
+    def __init__(self, wire: Wire, ca: trustme.CA) -> None:
+        self.wire = wire
+        self.client = Client(trusting(ca))
+
+    async def open(self) -> None:
+        """Shake hands."""
+        await self.wire.open()
+        await self.wire.send(self.client.begin())
+        _, octets = self.client.receive(self.wire.read())
+        await self.wire.send(octets)
+
+    async def send(self, octets: bytes) -> None:
+        await self.wire.send(self.client.encrypt(octets))
+
+    def read(self) -> bytes:
+        """Return what has come by now."""
+        return self.client.receive(self.wire.read())[0]
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    loop = Clock()
+    yield loop
+    loop.close()
+
+
+# The layer by itself.
+
+
+def shake_hands(client: Client, layer: Layer, piece: int) -> None:
+    """Do the handshake of both, of whose octets the layer receives *piece* at once."""
+    octets = client.begin()
+    while octets:
+        for begin in range(0, len(octets), piece):
+            assert layer.cipher is None
+            assert layer.receive(octets[begin : begin + piece]) == b""
+        plain, octets = client.receive(layer.outgoing())
+        assert plain == b""
+    assert layer.cipher is not None
+
+
+def forged(record: bytes) -> bytes:
+    return record[:-1] + bytes([record[-1] ^ 1])
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1000, 1_000_000])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tls_comes_through_in_pieces_of_any_size(
+    version: ssl.TLSVersion, piece: int, ca: trustme.CA, context: ssl.SSLContext
+) -> None:
+    trust = trusting(ca)
+    trust.maximum_version = version
+    client, layer = Client(trust), Layer(context)
+    shake_hands(client, layer, piece)
+    text = bytes(range(256)) * 200  # several records
+    octets = client.encrypt(b"EHLO x\r\n") + client.encrypt(text) + client.end()
+    plain = b""
+    for begin in range(0, len(octets), piece):
+        assert not layer.ended
+        plain += layer.receive(octets[begin : begin + piece])
+    assert plain == b"EHLO x\r\n" + text
+    assert layer.ended
+
+
+def test_a_reply_is_encrypted_and_the_end_is_said(ca: trustme.CA, context: ssl.SSLContext) -> None:
+    client, layer = Client(trusting(ca)), Layer(context)
+    shake_hands(client, layer, 1_000_000)
+    layer.send(b"250 OK\r\n" * 10_000)
+    octets = layer.outgoing()
+    assert b"250 OK" not in octets
+    assert client.receive(octets)[0] == b"250 OK\r\n" * 10_000
+    assert not client.ended
+    layer.close()
+    assert client.receive(layer.outgoing()) == (b"", b"")
+    assert client.ended
+    assert layer.outgoing() == b""
+
+
+def test_a_client_that_has_ended_reads_on(ca: trustme.CA, context: ssl.SSLContext) -> None:
+    client, layer = Client(trusting(ca)), Layer(context)
+    shake_hands(client, layer, 1_000_000)
+    layer.receive(client.end())
+    layer.send(b"250 OK\r\n")
+    assert client.receive(layer.outgoing())[0] == b"250 OK\r\n"
+
+
+def test_octets_that_are_no_tls_raise(context: ssl.SSLContext) -> None:
+    with pytest.raises(ssl.SSLError, match="WRONG_VERSION_NUMBER"):
+        Layer(context).receive(b"EHLO client.test\r\n")
+
+
+def test_a_forged_record_raises_and_the_client_learns_of_it(
+    ca: trustme.CA, context: ssl.SSLContext
+) -> None:
+    client, layer = Client(trusting(ca)), Layer(context)
+    shake_hands(client, layer, 1_000_000)
+    with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):
+        layer.receive(forged(client.encrypt(b"NOOP\r\n")))
+    with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
+        client.receive(layer.outgoing())
+
+
+# A session.
 
 
 @pytest.mark.parametrize("way", BOTH)
 def test_mails_of_any_size_come_encrypted(
-    way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    handler = Secret()
+    ciphers: list[str] = []
+
+    async def keep_cipher(_server: object, session: Any, _envelope: object) -> None:
+        ciphers.append(session.ssl["cipher"][0])
+
+    handler = Handler(keep_cipher)
     large = b"x" * 98 + b"\r\n"
-    with Listener(handler, Options(port=0, tls=way), context) as listener:
+    with listener_by(way, cert, handler) as listener:
         with connect(listener.port, way, trusting(ca)) as client:
             client.login("app", "secret")
             client.sendmail("a@x", ["b@x"], MAIL)
@@ -100,51 +276,21 @@ def test_mails_of_any_size_come_encrypted(
         with connect(listener.port, way, trusting(ca)) as client:
             client.sendmail("a@x", ["b@x"], MAIL)
     assert handler.contents == [MAIL, large * 100_000, MAIL]
-    assert all(cipher.startswith("TLS_") for cipher in handler.ciphers)
+    assert len(ciphers) == 3
+    assert all(cipher.startswith("TLS_") for cipher in ciphers)
     login = r"127\.0\.0\.1:\d+: app logged in by AUTH PLAIN"
     assert any(re.fullmatch(login, message) for message in caplog.messages)
     assert troubles(caplog) == []
 
 
-def test_starttls_is_offered_until_it_is_done(ca: trustme.CA, context: ssl.SSLContext) -> None:
-    with (
-        Listener(Handler(), STARTTLS, context) as listener,
-        smtplib.SMTP("localhost", listener.port, timeout=PATIENCE) as client,
-    ):
-        assert b"STARTTLS" in client.help().split()
-        assert client.docmd("STARTTLS now") == (501, b"Syntax: STARTTLS")
-        client.ehlo()
-        assert client.has_extn("starttls")
-        client.starttls(context=trusting(ca))
-        client.ehlo()
-        assert not client.has_extn("starttls")
-        assert client.docmd("STARTTLS")[0] == 503
-        assert b"STARTTLS" not in client.help().split()
-        assert client.noop()[0] == 250
+def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, cert: str) -> None:
+    sessions = []
 
+    async def keep_session(_server: object, session: Any, _envelope: object) -> None:
+        sessions.append((session.authenticated, session.auth_data))
 
-def test_without_a_certificate_or_from_the_first_octet_starttls_is_not_offered(
-    ca: trustme.CA, context: ssl.SSLContext
-) -> None:
     with (
-        Listener(Handler(), Options(port=0)) as listener,
-        smtplib.SMTP("localhost", listener.port, timeout=PATIENCE) as client,
-    ):
-        client.ehlo()
-        assert not client.has_extn("starttls")
-        assert client.docmd("STARTTLS")[0] == 454
-    with (
-        Listener(Handler(), IMPLICIT, context) as listener,
-        connect(listener.port, "implicit", trusting(ca)) as client,
-    ):
-        client.ehlo()
-        assert not client.has_extn("starttls")
-        assert client.docmd("STARTTLS")[0] == 503
-
-
-def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, context: ssl.SSLContext) -> None:
-    with (
-        Listener(Handler(), STARTTLS, context) as listener,
+        listener_by("starttls", cert, Handler(keep_session)) as listener,
         smtplib.SMTP("localhost", listener.port, timeout=PATIENCE) as client,
     ):
         client.login("app", "secret")
@@ -152,16 +298,19 @@ def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, context: ssl.SSLCon
         client.starttls(context=trusting(ca))
         assert client.docmd("RCPT TO:<b@x>")[0] == 503  # for want of a MAIL
         assert client.docmd("MAIL FROM:<a@x>")[0] == 503  # for want of an EHLO
-        assert client.login("app", "secret")[0] == 235
+        client.sendmail("a@x", ["b@x"], MAIL)
+        assert client.login("other", "secret")[0] == 235
+        client.sendmail("a@x", ["b@x"], MAIL)
+    assert sessions == [(None, None), (True, "other")]
 
 
-def test_commands_injected_behind_starttls_are_dropped(
-    ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+def test_commands_injected_after_starttls_are_dropped(
+    ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     handler = Handler()
     injected = b"EHLO x\r\nMAIL FROM:<evil@x>\r\nRCPT TO:<b@x>\r\nDATA\r\nevil\r\n.\r\n"
     with (
-        Listener(handler, STARTTLS, context) as listener,
+        listener_by("starttls", cert, handler) as listener,
         socket.create_connection(("localhost", listener.port), PATIENCE) as plain,
     ):
         plain.sendall(b"STARTTLS\r\n" + injected)
@@ -174,15 +323,120 @@ def test_commands_injected_behind_starttls_are_dropped(
             encrypted.sendall(b"NOOP\r\nRCPT TO:<b@x>\r\nQUIT\r\n")
             assert [reply[:3] for reply in replies] == [b"250", b"503", b"221"]
     assert handler.envelopes == []
-    (trouble,) = troubles(caplog)
-    assert trouble[1].endswith(
-        ": What was sent behind STARTTLS, without waiting for the reply, is dropped"
-    )
+    ((level, text),) = troubles(caplog)
+    assert level == "WARNING"
+    end = ": What was sent after STARTTLS, without waiting for the reply, is dropped"
+    assert text.endswith(end)
+
+
+def test_the_server_ends_tls_after_quit(ca: trustme.CA, context: ssl.SSLContext) -> None:
+    async def run() -> bytes:
+        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        await secret.open()
+        assert codes(secret.read().splitlines()) == [220]
+        await secret.send(b"QUIT\r\n")
+        assert secret.wire.session not in secret.wire.service.clients
+        reply = secret.read()
+        assert secret.client.ended
+        secret.wire.socket.close()
+        return reply
+
+    assert asyncio.run(run()) == b"221 Bye\r\n"
+
+
+@pytest.mark.parametrize("last", ["close_notify", "FIN", "both"])
+def test_a_client_that_closes_its_half_after_its_mail_is_answered(
+    last: str, ca: trustme.CA, context: ssl.SSLContext
+) -> None:
+    handler = Handler()
+
+    async def run() -> bytes:
+        secret = Secret(Wire(handler, context, tls="implicit"), ca)
+        wire = secret.wire
+        await secret.open()
+        octets = secret.client.encrypt(b"HELO x\r\n" + BEGIN + b"hi\r\n.\r\n")
+        if last != "FIN":
+            octets += secret.client.end()
+        await wire.loop.sock_sendall(wire.socket, octets)
+        if last != "close_notify":
+            wire.socket.shutdown(socket.SHUT_WR)
+        await turns(10)
+        assert wire.session not in wire.service.clients
+        replies = secret.read()
+        wire.socket.close()
+        return replies
+
+    assert codes(asyncio.run(run()).splitlines()) == [220, 250, 250, 250, 354, 250]
+    assert handler.contents == [b"hi\r\n"]
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_client_that_leaves_before_it_is_answered_makes_no_trouble(
+    way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listener_by(way, cert) as listener:
+        for _ in range(20):
+            client = connect(listener.port, way, trusting(ca))
+            client.send(b"NOOP\r\n" * 50)
+            client.close()
+        with connect(listener.port, way, trusting(ca)) as client:
+            assert client.noop()[0] == 250
+    assert troubles(caplog) == []
+
+
+@pytest.mark.parametrize("way", BOTH)
+def test_a_client_that_leaves_after_the_handshake_without_a_word_is_reported(
+    way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with listener_by(way, cert) as listener:
+        connect(listener.port, way, trusting(ca)).close()
+        with connect(listener.port, way, trusting(ca)) as other:
+            other.noop()
+    ((level, text),) = troubles(caplog)
+    assert level == "WARNING"
+    reason = "perhaps it does not trust the certificate"
+    assert text.endswith(f": The client left after the TLS handshake without a word; {reason}")
+
+
+def test_a_client_that_vanishes_after_the_handshake_without_a_word_is_reported_too(
+    ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        await secret.open()
+        secret.wire.socket.close()  # with a greeting that it has not read: a reset
+        await turns(3)
+        assert secret.wire.session not in secret.wire.service.clients
+
+    asyncio.run(run())
+    ((level, text),) = troubles(caplog)
+    assert (level, text[:48]) == ("WARNING", ": The client left after the TLS handshake withou")
+
+
+def test_a_tls_session_that_is_broken_is_reported_and_closed(
+    ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        await secret.open()
+        await secret.send(b"NOOP\r\n")
+        assert codes(secret.read().splitlines()) == [220, 250]
+        await secret.wire.send(forged(secret.client.encrypt(b"NOOP\r\n")) + MAIL)
+        assert secret.wire.session not in secret.wire.service.clients
+        with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
+            secret.read()
+        secret.wire.socket.close()
+
+    asyncio.run(run())
+    assert troubles(caplog) == [("WARNING", ": TLS failed: decryption failed or bad record mac")]
+
+
+# A handshake that fails.
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return what has been told of handshakes, one line for each."""
-    beginning = ": The TLS handshake has failed: "
+    """Return why handshakes failed, one line for each."""
+    beginning = ": The TLS handshake failed: "
     lines = []
     for level, text in troubles(caplog):
         assert (level, beginning in text) == ("WARNING", True), text
@@ -191,18 +445,18 @@ def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_does_not_trust_the_ca_is_told_of_and_the_next_one_served(
+def test_a_client_that_does_not_trust_the_ca_is_reported_and_the_next_one_served(
     way: Way,
     version: ssl.TLSVersion,
     ca: trustme.CA,
-    context: ssl.SSLContext,
+    cert: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     wary = trusting(trustme.CA())
     wary.maximum_version = version
-    with Listener(Handler(), Options(port=0, tls=way), context) as listener:
+    with listener_by(way, cert) as listener:
         with pytest.raises(ssl.SSLCertVerificationError):
             connect(listener.port, way, wary)
         with connect(listener.port, way, trusting(ca)) as client:
@@ -228,14 +482,14 @@ def test_a_client_that_does_not_trust_the_ca_is_told_of_and_the_next_one_served(
         (None, "anything"),
     ],
 )
-def test_a_failure_is_told_in_a_few_words(reason: str | None, words: str) -> None:
+def test_a_failure_is_reported_in_a_few_words(reason: str | None, words: str) -> None:
     error = ssl.SSLError(1, "anything")
     error.reason = reason  # type: ignore[assignment]  # which it can lack
     assert failure(error) == words
 
 
 PLAIN_TEXT = "the client speaks plain text"
-LEFT = "the client has left; perhaps it speaks plain text, or does not trust the certificate"
+LEFT = "the client left; perhaps it speaks plain text, or does not trust the certificate"
 
 
 @pytest.mark.parametrize(
@@ -248,17 +502,13 @@ LEFT = "the client has left; perhaps it speaks plain text, or does not trust the
     ],
 )
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_speaks_no_tls_is_told_of(
-    way: Way, octets: bytes, reason: str, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+def test_a_client_that_speaks_no_tls_is_reported(
+    way: Way, octets: bytes, reason: str, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
-        Listener(Handler(), Options(port=0, tls=way), context) as listener,
-        socket.create_connection(("localhost", listener.port), PATIENCE) as client,
+        listener_by(way, cert) as listener,
+        before_the_handshake(listener.port, way) as client,
     ):
-        if way == "starttls":
-            client.sendall(b"STARTTLS\r\n")
-            with client.makefile("rb") as replies:
-                assert [replies.readline()[:4] for _ in range(2)] == [b"220 ", b"220 "]
         client.sendall(octets)
         client.shutdown(socket.SHUT_WR)
         while client.recv(1024):
@@ -266,35 +516,88 @@ def test_a_client_that_speaks_no_tls_is_told_of(
     assert failures(caplog) == [reason]
 
 
+def test_a_client_that_vanishes_in_the_handshake_is_reported(
+    context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        wire = Wire(Handler(), context, tls="starttls")
+        await wire.open()
+        await wire.send(b"STARTTLS\r\n")
+        wire.socket.close()  # with replies that it has not read: a reset
+        await turns(3)
+        assert wire.session not in wire.service.clients
+
+    asyncio.run(run())
+    assert failures(caplog) == [LEFT]
+
+
 @pytest.mark.parametrize("way", BOTH)
 def test_a_client_that_keeps_the_handshake_waiting_is_cut(
-    way: Way, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    way: Way, clock: Clock, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-
     async def run() -> list[bytes]:
-        wire = Wire(Handler(), tls_context=context, implicit_tls=way == "implicit")
+        wire = Wire(Handler(), context, tls=way)
         await wire.open()
         await wire.send(b"STARTTLS\r\n" if way == "starttls" else b"")
         clock.ahead += 9
-        await wire.send(b"")
-        assert wire.session.transport is not None
+        await wire.send(b"\x16")
+        assert wire.session in wire.service.clients
         clock.ahead += 2
-        await wire.send(b"")
-        assert wire.session.transport is None
+        await turns(3)
+        assert wire.session not in wire.service.clients
         return await wire.replies()
 
     replies = clock.run_until_complete(run())
-    clock.close()
-    assert [reply[:3] for reply in replies] == ([b"220", b"220"] if way == "starttls" else [])
+    assert codes(replies) == ([220, 220] if way == "starttls" else [])
     assert failures(caplog) == ["it takes too long; perhaps the client speaks plain text"]
+
+
+def test_a_client_that_neither_reads_nor_begins_tls_is_cut(
+    clock: Clock, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        wire = Wire(Handler(), context, tls="starttls")
+        await wire.open()
+        # Less than what would have the server wait, and more than the system holds.
+        wire.hold_little()
+        await wire.send(b"HELP\r\n" * 100 + b"STARTTLS\r\n")
+        await turns(100)
+        clock.ahead += 11
+        await turns(3)
+        assert wire.session not in wire.service.clients
+        wire.socket.close()
+
+    clock.run_until_complete(run())
+    assert failures(caplog) == ["it takes too long; perhaps the client speaks plain text"]
+
+
+def test_after_the_handshake_a_client_has_as_much_time_as_in_clear(
+    ca: trustme.CA, clock: Clock, context: ssl.SSLContext
+) -> None:
+    async def run() -> bytes:
+        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        await secret.open()
+        clock.ahead += 299
+        await turns(3)
+        greeting = secret.read()
+        assert codes(greeting.splitlines()) == [220]
+        clock.ahead += 2
+        await turns(3)
+        replies = greeting + secret.read()
+        secret.wire.socket.close()
+        return replies
+
+    assert codes(clock.run_until_complete(run()).splitlines()) == [220, 421]
+
+
+# The end.
 
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_server_that_stops_tells_its_clients_by_tls(
-    way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Listener(Handler(), Options(port=0, tls=way), context) as listener:
+    with listener_by(way, cert) as listener:
         client = connect(listener.port, way, trusting(ca))
     assert client.getreply()[0] == 421
     client.close()
@@ -303,31 +606,132 @@ def test_a_server_that_stops_tells_its_clients_by_tls(
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_server_that_stops_says_nothing_into_a_handshake(
-    way: Way, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    way: Way, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Listener(Handler(), Options(port=0, tls=way), context) as listener:
-        client = socket.create_connection(("localhost", listener.port), PATIENCE)
-        if way == "starttls":
-            client.sendall(b"STARTTLS\r\n")
-            with client.makefile("rb") as replies:
-                assert [replies.readline()[:4] for _ in range(2)] == [b"220 ", b"220 "]
+    with listener_by(way, cert) as listener:
+        client = before_the_handshake(listener.port, way)
     with client:
         assert client.recv(1024) == b""
     assert troubles(caplog) == []
 
 
-@pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_leaves_before_it_is_answered_makes_no_trouble(
-    way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("end", ["the server stops", "it has had 300 s"])
+def test_a_client_that_does_not_read_after_quit_is_cut(
+    end: str, ca: trustme.CA, clock: Clock, context: ssl.SSLContext
 ) -> None:
-    with Listener(Handler(), Options(port=0, tls=way), context) as listener:
-        for _ in range(20):
-            client = connect(listener.port, way, trusting(ca))
-            client.send(b"NOOP\r\n" * 50)
-            client.close()
-        with connect(listener.port, way, trusting(ca)) as client:
-            assert client.noop()[0] == 250
-    assert troubles(caplog) == []
+    async def run() -> None:
+        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        wire = secret.wire
+        wire.hold_little()
+        await secret.open()
+        await secret.send(b"HELP\r\n" * 100 + b"QUIT\r\n")
+        await turns(100)
+        assert wire.session in wire.service.clients
+        if end == "the server stops":
+            await wire.service.hang_up()
+        else:
+            clock.ahead += 301
+        await turns(3)
+        assert wire.session not in wire.service.clients
+        wire.socket.close()
+
+    clock.run_until_complete(run())
+
+
+# What a session costs.
+
+
+def alive(kind: type) -> int:
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+def leave_after_quit(port: int, context: ssl.SSLContext) -> None:
+    with connect(port, "implicit", context) as client:
+        client.sendmail("a@x", ["b@x"], MAIL)
+
+
+def leave_with_a_reset(port: int, context: ssl.SSLContext) -> None:
+    client = connect(port, "implicit", context)
+    client.noop()
+    reset(client)
+
+
+def leave_before_the_handshake(port: int, _context: ssl.SSLContext) -> None:
+    with socket.create_connection(("localhost", port), PATIENCE) as client:
+        client.sendall(b"EHLO x\r\n")
+        while client.recv(1024):
+            pass
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_after_quit, leave_with_a_reset, leave_before_the_handshake]
+)
+def test_nothing_of_a_session_stays_alive_until_the_next_garbage_collection(
+    leave: Callable[[int, ssl.SSLContext], None], ca: trustme.CA, cert: str
+) -> None:
+    trust = trusting(ca)
+    gc.collect()
+    before = alive(Connection), alive(Layer), alive(ssl.SSLObject)
+    gc.disable()
+    try:
+        with listener_by("implicit", cert) as listener:
+            for _ in range(3):
+                for _ in range(30):
+                    leave(listener.port, trust)
+                with connect(listener.port, "implicit", trust) as other:
+                    other.noop()
+                    other.noop()
+                    after = alive(Connection), alive(Layer), alive(ssl.SSLObject)
+                    assert after == tuple(count + 1 for count in before)
+    finally:
+        gc.enable()
+
+
+SESSIONS = 100
+# A process of its own, so that only the memory of the server grows here.
+CLIENTS = """
+import smtplib, ssl, sys
+port, ca, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+context = ssl.create_default_context(cafile=ca)
+clients = []
+for _ in range(count):
+    client = smtplib.SMTP_SSL("localhost", port, local_hostname="x", timeout=20, context=context)
+    client.sendmail("a@x", ["b@x"], b"x\\r\\n" * 200_000)
+    clients.append(client)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def resident() -> int:
+    """Return how many octets of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it is there on Linux only")
+def test_a_session_holds_little_memory(ca: trustme.CA, cert: str, tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(file))
+
+    async def forget(*_: object) -> None:
+        handler.envelopes.clear()
+
+    def with_clients(count: int) -> int:
+        run = [sys.executable, "-c", CLIENTS, str(listener.port), str(file), str(count)]
+        with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:
+            assert clients.stdout is not None
+            assert clients.stdout.readline() == b"ready\n"
+            gc.collect()
+            return resident()
+
+    handler = Handler(forget)
+    with listener_by("implicit", cert, handler) as listener:
+        few = with_clients(3)
+        many = with_clients(3 + SESSIONS)
+    assert (many - few) / SESSIONS < 100 * 1024
+
+
+# The certificate, and the CA.
 
 
 def agree(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | None:
@@ -343,7 +747,7 @@ def agree(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | No
     return ends[0].version()
 
 
-def made(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+def generated(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """Return what a server shows by *options*, and what a client goes by that trusts its CA."""
     context, ca = certificate(options)
     assert context is not None
@@ -354,9 +758,9 @@ def made(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 @pytest.mark.parametrize(
     "name", ["localhost", "127.0.0.1", "::1", socket.gethostname(), "192.0.2.1", "mail.example"]
 )
-def test_a_made_certificate_is_for_the_names_of_the_host_and_the_interface(name: str) -> None:
+def test_a_generated_certificate_is_for_the_names_of_the_host_and_the_interface(name: str) -> None:
     interface = name if name in {"192.0.2.1", "mail.example"} else "my_host"
-    server, trust = made(Options(tls="starttls", interface=interface))
+    server, trust = generated(Options(tls="starttls", interface=interface))
     assert agree(server, trust, name) == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError):
         agree(server, trust, "other.example")
@@ -365,7 +769,7 @@ def test_a_made_certificate_is_for_the_names_of_the_host_and_the_interface(name:
 @pytest.mark.skipif(not ssl.HAS_TLSv1_1, reason="OpenSSL has no TLS 1.1 any more")
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
 def test_nothing_older_than_tls_1_2_is_spoken() -> None:
-    server, client = made(STARTTLS)
+    server, client = generated(STARTTLS)
     server.set_ciphers("ALL:@SECLEVEL=0")
     client.maximum_version = ssl.TLSVersion.TLSv1_2
     assert agree(server, client, "localhost") == "TLSv1.2"
@@ -416,7 +820,7 @@ def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trust
 @pytest.mark.parametrize(
     ("path", "reason"), [("missing/ca.pem", "No such file or directory"), (".", "Is a directory")]
 )
-def test_a_ca_file_that_cannot_be_written_is_told_in_one_line(
+def test_a_ca_file_that_cannot_be_written_is_reported_in_one_line(
     path: str, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TLSError) as raised, ca_file(b"ca", str(tmp_path / path)):
@@ -431,7 +835,7 @@ def refusal(**options: str) -> str:
     return str(raised.value)
 
 
-def test_a_temporary_file_that_cannot_be_made_is_told_in_one_line(
+def test_a_temporary_file_that_cannot_be_created_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
@@ -450,7 +854,7 @@ def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Path:
-    """Return a folder with a certificate, its key, and what may be taken for them."""
+    """Return a folder with a certificate, its key, and what may be mistaken for them."""
     folder = tmp_path_factory.mktemp("files")
     certificate, other = ca.issue_cert("named.example"), ca.issue_cert("other.example")
     chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
@@ -478,9 +882,9 @@ def test_a_certificate_may_be_named(
     names: tuple[str, str | None], files: Path, ca: trustme.CA
 ) -> None:
     cert, key = (name and str(files / name) for name in names)
-    context, made_ca = certificate(Options(tls="starttls", tls_cert=cert, tls_key=key))
+    context, generated_ca = certificate(Options(tls="starttls", tls_cert=cert, tls_key=key))
     assert context is not None
-    assert made_ca is None
+    assert generated_ca is None
     assert agree(context, trusting(ca), "named.example") == "TLSv1.3"
 
 
@@ -502,19 +906,19 @@ def test_a_certificate_may_be_named(
         (".", "key", ".", "Is a directory"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_told_in_one_line(
+def test_a_file_that_cannot_be_used_is_reported_in_one_line(
     cert: str, key: str, at_fault: str, reason: str, files: Path
 ) -> None:
     line = f"Cannot use {files / at_fault}: {reason.format(cert=files / cert)}"
     assert refusal(tls_cert=str(files / cert), tls_key=str(files / key)) == line
 
 
-def test_a_certificate_without_its_key_is_told_in_one_line(files: Path) -> None:
+def test_a_certificate_without_its_key_is_reported_in_one_line(files: Path) -> None:
     line = f"Cannot use {files}/cert: No private key in PEM"
     assert refusal(tls_cert=str(files / "cert")) == line
 
 
-def test_a_key_of_another_kind_is_told_in_one_line(files: Path, tmp_path: Path) -> None:
+def test_a_key_of_another_kind_is_reported_in_one_line(files: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     other = trustme.CA().issue_cert("x.example", key_type=trustme.KeyType.RSA)
     other.private_key_pem.write_to_path(key)
@@ -522,7 +926,7 @@ def test_a_key_of_another_kind_is_told_in_one_line(files: Path, tmp_path: Path) 
     assert refusal(tls_cert=str(files / "cert"), tls_key=str(key)) == line
 
 
-def test_a_key_that_is_too_small_for_openssl_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_key_that_is_too_small_for_openssl_is_reported_in_one_line(tmp_path: Path) -> None:
     cert = tmp_path / "cert"
     key = rsa.generate_private_key(65537, 1024)  # noqa: S505  # the point of the test
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x.example")])
@@ -531,18 +935,3 @@ def test_a_key_that_is_too_small_for_openssl_is_told_in_one_line(tmp_path: Path)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     cert.write_bytes(pem + builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
     assert refusal(tls_cert=str(cert)) == f"Cannot use {cert}: OpenSSL says ee key too small"
-
-
-@pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_leaves_after_the_handshake_without_a_word_is_told_of(
-    way: Way, ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Listener(Handler(), Options(port=0, tls=way), context) as listener:
-        client = connect(listener.port, way, trusting(ca))
-        client.close()
-        with connect(listener.port, way, trusting(ca)) as other:
-            end = time.monotonic() + PATIENCE
-            while not troubles(caplog) and time.monotonic() < end:
-                other.noop()
-    (trouble,) = troubles(caplog)
-    assert ": The client has left after the TLS handshake without a word; perhaps " in trouble[1]

@@ -13,15 +13,19 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmtpd.connection import Connection
+from dsmtpd.conversation import Offer
 from dsmtpd.options import Options
-from dsmtpd.protocol import SMTP
+from dsmtpd.service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import ssl
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     import pytest
 
@@ -86,24 +90,74 @@ class Clock(asyncio.SelectorEventLoop):
         return super().time() + self.ahead
 
 
+async def turns(count: int) -> None:
+    """Let the event loop turn *count* times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class Wire:
     """A client that talks to a session in the same loop, so that each step is seen to be done."""
 
-    def __init__(self, handler: object, **parameters: Any) -> None:
+    def __init__(
+        self,
+        handler: object,
+        context: ssl.SSLContext | None = None,
+        *,
+        service: Service | None = None,
+        **offer: Any,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
-        settings = {"hostname": "server.test", "ident": "test", "enable_SMTPUTF8": True}
-        self.session = SMTP(handler, loop=self.loop, **{**settings, **parameters}).twin()
+        offered = Offer(hostname="server.test", **offer)
+        self.service = service or Service(handler, offered, self.loop, context)
+        self.session = Connection(self.service)
         self.socket, self._other = socket.socketpair()
         self.socket.setblocking(False)  # noqa: FBT003  # its only form
 
     async def open(self) -> None:
         await self.loop.connect_accepted_socket(lambda: self.session, self._other)
 
+    def hold_little(self) -> None:
+        """Have the system hold little of what the client does not read."""
+        self._other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
     async def send(self, octets: bytes) -> None:
         """Return when the session has read *octets*, and done what it can do at once."""
         await self.loop.sock_sendall(self.socket, octets)
-        for _ in range(6):
+        await turns(6)
+
+    def read(self) -> bytes:
+        """Return what has come by now."""
+        received = b""
+        with suppress(BlockingIOError):
+            while octets := self.socket.recv(65536):
+                received += octets
+        return received
+
+    async def lines(self, count: int) -> list[bytes]:
+        """Return the next *count* lines, of which the last is the last that comes."""
+        received, missing = [], count
+        while missing > 0:
+            octets = await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE)
+            assert octets
+            received.append(octets)
+            missing -= octets.count(b"\n")
+        return b"".join(received).splitlines()
+
+    async def fill(self, octets: bytes, most: int) -> int:
+        """Send *octets* again and again until the session reads no more; return how many it were.
+
+        They are never more than *most* by much.
+        """
+        sent, idle = 0, 0
+        while sent < most and idle < 1000:
+            try:
+                sent += self.socket.send(octets[sent % len(octets) :])
+                idle = 0
+            except BlockingIOError:
+                idle += 1
             await asyncio.sleep(0)
+        return sent
 
     async def replies(self) -> list[bytes]:
         """Return all replies, after a word that there is nothing more to send."""
@@ -116,18 +170,33 @@ class Wire:
 
 
 class Handler:
-    """Keeps the envelopes that arrive."""
+    """Keeps the envelopes that arrive, once *deliver* is done with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, deliver: Callable[[Any, Any, Any], Awaitable[object]] | None = None) -> None:
         self.envelopes: list[Any] = []
+        self._deliver = deliver
 
     @property
     def contents(self) -> list[bytes]:
         return [envelope.content for envelope in self.envelopes]
 
-    async def handle_DATA(self, _server: object, _session: object, envelope: Any) -> str:
+    async def handle_DATA(self, server: object, session: object, envelope: Any) -> str:
+        if self._deliver is not None:
+            await self._deliver(server, session, envelope)
         self.envelopes.append(envelope)
         return "250 OK"
+
+
+class Gate:
+    """Holds each delivery until the test lets it end."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+
+    async def __call__(self, *_: object) -> None:
+        self.begun.set()
+        assert await asyncio.to_thread(self.may_end.wait, PATIENCE)
 
 
 def converse(pieces: Iterable[bytes], handler: object, **parameters: Any) -> list[bytes]:

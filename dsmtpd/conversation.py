@@ -1,0 +1,577 @@
+"""The SMTP dialogue of one session, without I/O: octets in; replies, mails and reports out."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+from io import BytesIO
+from sys import maxsize
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dsmtpd import auth
+from dsmtpd.path import Path, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# RFC 5321, section 4.1.1.4: a dot alone on its line. If a bare CR or LF could end that line, mails
+# could be smuggled in (CVE-2024-27305). What begins it may also be stuffing (section 4.5.2).
+_END_OF_DATA = b"\r\n.\r\n"
+_DOT = _END_OF_DATA[:3]
+
+# As in aiosmtpd: a client that sends more does not speak SMTP.
+_UNKNOWN_COMMANDS = 5
+
+# RFC 5321, section 4.5.3.1.4, asks for 512 octets at least; AUTH has a limit of its own.
+_COMMAND_OCTETS = 1001
+
+# RFC 5321, section 4.5.3.1.10, asks for 100 at least; and the octets of them all.
+_RECIPIENTS = 10_000
+_ENVELOPE_OCTETS = 1024 * 1024
+
+# The replies to these may wait for those to the next commands (RFC 2920, section 3.2), up to some
+# octets.
+_GROUPED = {b"MAIL", b"RCPT", b"RSET"}
+_GROUP_OCTETS = 4096
+
+# Commands without an argument, and the arguments of those that are nothing without one.
+_BARE = {b"DATA", b"QUIT", b"RSET", b"STARTTLS"}
+_ARGUMENTS = {b"EHLO": "hostname", b"HELO": "hostname", b"VRFY": "<address>"}
+
+# The values of the parameters of MAIL (RFC 1870, 6152, 6531 and 4954).
+_SIZE = re.compile(r"[0-9]{1,20}")
+_VALUES = {"SIZE": _SIZE, "BODY": re.compile("(?i:7BIT|8BITMIME)")}
+_VALUES |= {"SMTPUTF8": re.compile(""), "AUTH": re.compile(".+")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a server offers to its clients, and how much it accepts.
+
+    *hostname* and *ident* make the greeting; *max_size* is the largest message in octets, 0 sets
+    no limit (RFC 1870, section 3). *smtputf8* accepts non-ASCII addresses (RFC 6531), *auth* any
+    credentials (RFC 4954). *tls*: `starttls` offers STARTTLS (RFC 3207), `implicit` begins with
+    TLS (RFC 8314, section 3.3).
+    """
+
+    hostname: str
+    ident: str = "dsmtpd"
+    max_size: int = 0
+    smtputf8: bool = True
+    auth: bool = True
+    tls: Literal["starttls", "implicit"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send these *octets*: the reply to a command, or to a group of them (RFC 2920)."""
+
+    octets: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """Deliver this mail, and pass the reply to it to `Conversation.delivered`.
+
+    *content*: what came after DATA, without the stuffed dots, with the line ends that were sent.
+    """
+
+    reverse_path: Path
+    forward_paths: tuple[Path, ...]
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """Log that *user* has logged in by the *mechanism*."""
+
+    user: str
+    mechanism: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Log this *text*, which may hold any character: what other servers may refuse, or a loss."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BeginTLS:
+    """Shake hands, and then call `Conversation.tls_begun`; what arrives from now on is TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close the connection, once all replies are sent."""
+
+
+Action = Reply | Mail | Login | Report | BeginTLS | Close
+
+
+class State(Enum):
+    """What a session is waiting for."""
+
+    COMMAND = auto()
+    RESPONSE = auto()  # to a challenge of AUTH
+    DATA = auto()
+    DELIVERY = auto()
+    HANDSHAKE = auto()
+    OVER = auto()
+
+
+class _Refusal(Exception):  # noqa: N818  # no error of anybody, but a reply
+    """A command is refused; the text is the reply."""
+
+
+class _Transaction:
+    """A mail that has begun (RFC 5321, section 3.3)."""
+
+    def __init__(self, path: Path, content: _Content) -> None:
+        self.reverse_path = path
+        self.forward_paths: list[Path] = []
+        self.octets = 0  # of all forward-paths, with their parameters
+        self.content = content
+        self.reported: set[str] = set()
+
+
+class _Content:
+    """What follows DATA: finds its end, removes the stuffing, and drops what is over the limit.
+
+    The size is that of the mail itself (RFC 1870, section 4): the stuffing does not count, nor does
+    the end of data. Each octet is copied once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Accept up to *limit* octets, or any number if that is 0."""
+        self.is_too_large = False
+        self._limit = limit or maxsize
+        self._octets = BytesIO()
+        # How much of the end of data has come last; the line end of the command counts.
+        self._matched = len(b"\r\n")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the end of data has come."""
+        return self._matched == len(_END_OF_DATA)
+
+    def feed(self, octets: bytes | bytearray, first: int, end: int) -> int:
+        """Read *octets* between two indices; return the index after what belongs to the mail."""
+        begin = self._match_on(octets, first, end) if self._matched else first
+        if self.is_complete or begin == end:
+            return begin
+        view = memoryview(octets)
+        while (dot := octets.find(_DOT, begin, end)) >= 0:
+            self._write(view[begin : dot + 2])
+            begin = dot + len(_DOT)
+            if octets.startswith(b"\r\n", begin, end):
+                self._matched = len(_END_OF_DATA)
+                return begin + 2
+        suffixes = (n for n in (4, 3, 2, 1) if octets.endswith(_END_OF_DATA[:n], first, end))
+        self._matched = next(suffixes, 0)
+        # A dot, and what follows it, may still be the end.
+        self._write(view[begin : end - max(0, self._matched - 2)])
+        return end
+
+    def _match_on(self, octets: bytes | bytearray, begin: int, end: int) -> int:
+        """Decide what the octets before these were, of which the mail has the line end already.
+
+        Return the index in *octets* from which on to read.
+        """
+        matched = self._matched
+        joint = _END_OF_DATA[:matched] + octets[begin : min(end, begin + 5 - matched)]
+        if _END_OF_DATA.startswith(joint):
+            self._matched = len(joint)
+            self._write(joint[matched:2])
+            return begin + len(joint) - matched
+        if joint.startswith(_DOT):
+            self._write(joint[matched:2] + joint[3:matched])
+            begin += max(0, len(_DOT) - matched)
+        return begin
+
+    def _write(self, octets: bytes | memoryview) -> None:
+        if not self.is_too_large:
+            self._octets.write(octets)
+            if self._octets.tell() > self._limit:
+                self._octets = BytesIO()
+                self.is_too_large = True
+
+    def octets(self) -> bytes:
+        """Return the mail."""
+        return self._octets.getvalue()
+
+
+class Conversation:
+    """One session, as the server sees it (RFC 5321).
+
+    Pass it what arrives by `receive`, and call `next_action` until that returns None; not to call
+    it is how to wait. It never raises for anything that a client does.
+
+    *host_name*: what the client calls itself; empty before HELO or EHLO.
+    *extended*: whether it said EHLO.
+    *user*: who has logged in, or None.
+    """
+
+    def __init__(self, offer: Offer) -> None:
+        """Begin with the greeting, or with TLS if that is implicit."""
+        self._offer = offer
+        self._encoding = ("utf-8", "surrogateescape") if offer.smtputf8 else ("ascii", "strict")
+        self._actions: deque[Action] = deque()
+        self._replies = b""  # which wait for the others of their group
+        self._buffer, self._begin = b"", 0  # what has arrived, and where the unread part begins
+        self._ended = False  # The client has closed its half.
+        self._encrypted = False
+        self._mute = False  # The client has said nothing since the handshake.
+        self._unknown_commands = 0
+        self._forget()
+        if offer.tls == "implicit":
+            self._state = State.HANDSHAKE
+            self._actions.append(BeginTLS())
+        else:
+            self._greet()
+
+    def _forget(self) -> None:
+        """Know nothing of the client, as at the beginning and after STARTTLS."""
+        self._state = State.COMMAND
+        self.host_name = ""
+        self.extended = False
+        self.user: str | None = None
+        self._exchange: auth.Exchange | None = None
+        self._mechanism = ""
+        self._transaction: _Transaction | None = None
+
+    def _greet(self) -> None:
+        self._answer(f"220 {self._offer.hostname} {self._offer.ident}")
+
+    @property
+    def unread(self) -> int:
+        """How many octets have arrived that nothing has been done about yet."""
+        return len(self._buffer) - self._begin
+
+    def receive(self, octets: bytes | bytearray, end: int | None = None) -> None:
+        """Receive *octets* of the client, up to the index *end*, wherever that is in what it says.
+
+        They may change afterwards.
+        """
+        if self._state is State.OVER:
+            return
+        self._mute = False
+        end = len(octets) if end is None else end
+        begin = 0
+        if self._state is State.DATA and self._transaction:
+            begin = self._read_content(self._transaction, octets, 0, end)
+        self._buffer, self._begin = self._buffer[self._begin :] + octets[begin:end], 0
+
+    def receive_eof(self) -> None:
+        """Learn that the client sends nothing more; it may still read."""
+        self._ended = True
+
+    def lost(self) -> None:
+        """Learn that the connection is gone: carry out nothing more, and keep nothing."""
+        self._actions.clear()
+        self._end()
+
+    def _close(self) -> None:
+        self._end()
+        self._actions.append(Close())
+
+    def _end(self) -> None:
+        if self._mute:
+            text = "The client left after the TLS handshake without a word"
+            self._actions.append(Report(f"{text}; perhaps it does not trust the certificate"))
+        self._mute = False
+        self._state = State.OVER
+        self._replies, self._buffer, self._begin = b"", b"", 0
+        self._transaction = self._exchange = None
+
+    def tls_begun(self) -> None:
+        """Learn that the handshake is done; forget what came in clear (RFC 3207, section 4.2)."""
+        self._forget()
+        self._encrypted = self._mute = True
+        if self._offer.tls == "implicit":
+            self._greet()
+
+    def delivered(self, reply: str) -> None:
+        """Learn the *reply* to the mail that was out for delivery; 421 ends the session."""
+        if self._state is State.DELIVERY:
+            self._state = State.OVER if reply.startswith("421") else State.COMMAND
+            self._answer(reply)
+
+    def next_action(self) -> Action | None:
+        """Return the next thing to do, or None when it takes more octets, a delivery or TLS."""
+        while not self._actions and self._proceed():
+            pass
+        return self._actions.popleft() if self._actions else None
+
+    def _proceed(self) -> bool:
+        """Carry out the next line, or the end; return whether that was a line."""
+        if self._state is State.COMMAND or self._state is State.RESPONSE:
+            if self._read_line():
+                return True
+        elif self._state is not State.DATA:
+            return False
+        if self._ended:
+            self._close()
+        return False
+
+    def _read_line(self) -> bool:
+        """Carry out the next line, if it has come whole."""
+        end = self._buffer.find(b"\n", self._begin)
+        if end < 0:
+            # Of a line that is too long, the beginning is enough to refuse it.
+            beginning = self._begin + auth.LINE_OCTETS + 1
+            self._buffer, self._begin = self._buffer[self._begin : beginning], 0
+            return False
+        line = self._buffer[self._begin : end].rstrip(b"\r\n")
+        self._begin = end + 1
+        verb, _, argument = line.partition(b" ")
+        verb = verb.upper()
+        try:
+            if self._exchange is not None:
+                reply = self._respond(self._exchange, line)
+            else:
+                reply = self._carry_out(verb, argument, len(line))
+        except (_Refusal, auth.AuthError) as refusal:
+            reply = str(refusal)
+        self._answer(reply, may_wait=verb in _GROUPED)
+        if self._state is State.DATA and self._transaction:
+            end = len(self._buffer)
+            self._begin = self._read_content(self._transaction, self._buffer, self._begin, end)
+        return True
+
+    def _answer(self, reply: str, *, may_wait: bool = False) -> None:
+        """Send *reply*, after those that wait, and what its state brings about.
+
+        It waits itself when it may, and the next command is here.
+        """
+        self._replies += reply.encode("utf-8", "backslashreplace") + b"\r\n"
+        may_wait = may_wait and len(self._replies) < _GROUP_OCTETS and not self._actions
+        if may_wait and self._buffer.find(b"\n", self._begin) >= 0:
+            return
+        self._actions.append(Reply(self._replies))
+        self._replies = b""
+        if self._state is State.HANDSHAKE:
+            self._actions.append(BeginTLS())
+        elif self._state is State.OVER:
+            self._close()
+
+    def _read_content(
+        self, transaction: _Transaction, octets: bytes | bytearray, begin: int, end: int
+    ) -> int:
+        """Read more of a mail; return the index in *octets* after what belongs to it."""
+        content = transaction.content
+        begin = content.feed(octets, begin, end)
+        if content.is_complete:
+            self._transaction = None
+            if content.is_too_large:
+                self._state = State.COMMAND
+                self._answer("552 Error: Too much mail data")
+            else:
+                self._state = State.DELIVERY
+                paths = tuple(transaction.forward_paths)
+                self._actions.append(Mail(transaction.reverse_path, paths, content.octets()))
+        return begin
+
+    def _carry_out(self, verb: bytes, argument: bytes, octets: int) -> str:
+        """Return the reply to a command of so many *octets* (RFC 5321, section 4.1.1)."""
+        if octets > _COMMAND_OCTETS and verb != b"AUTH":
+            raise _Refusal("500 Command line too long")
+        if not verb.isalpha():
+            raise _Refusal("500 Error: bad syntax")
+        command = self._COMMANDS.get(verb)
+        if command is None:
+            raise self._unknown(verb)
+        try:
+            text = argument.strip().decode(*self._encoding)
+        except UnicodeDecodeError:
+            raise _Refusal("500 Error: strict ASCII mode") from None
+        if verb in (_BARE if text else _ARGUMENTS):
+            raise _Refusal(f"501 Syntax: {verb.decode()} {_ARGUMENTS.get(verb, '')}".rstrip())
+        return command(self, text)
+
+    def _unknown(self, verb: bytes) -> _Refusal:
+        self._unknown_commands += 1
+        if self._unknown_commands < _UNKNOWN_COMMANDS:
+            return _Refusal(f'500 Error: command "{verb.decode()}" not recognized')
+        self._state = State.OVER
+        return _Refusal("502 5.5.1 Too many unrecognized commands, goodbye.")
+
+    def _helo(self, host_name: str) -> str:
+        """Begin without extensions (RFC 5321, section 4.1.1.1)."""
+        self._transaction, self.host_name, self.extended = None, host_name, False
+        return f"250 {self._offer.hostname}"
+
+    def _ehlo(self, host_name: str) -> str:
+        """Offer our extensions (RFC 5321, section 4.1.1.1)."""
+        self._transaction, self.host_name, self.extended = None, host_name, True
+        # Without a limit it is SIZE 0 (RFC 1870, section 4).
+        extensions = [f"SIZE {self._offer.max_size}", "8BITMIME", "PIPELINING"]
+        if self._offer.smtputf8:
+            extensions.append("SMTPUTF8")
+        if self._can_begin_tls:
+            extensions.append("STARTTLS")
+        if self._offer.auth:
+            extensions.append(f"AUTH {' '.join(auth.MECHANISMS)}")
+        lines = [self._offer.hostname, *extensions]
+        return "\r\n".join([*(f"250-{line}" for line in lines), "250 HELP"])
+
+    @property
+    def _can_begin_tls(self) -> bool:
+        return self._offer.tls == "starttls" and not self._encrypted
+
+    def _starttls(self, _argument: str) -> str:
+        """Begin TLS (RFC 3207)."""
+        if self._encrypted:
+            raise _Refusal("503 5.5.1 TLS is active already")
+        if not self._can_begin_tls:
+            raise _Refusal("454 4.7.0 TLS not available")
+        if self.unread:
+            # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
+            text = "What was sent after STARTTLS, without waiting for the reply, is dropped"
+            self._actions.append(Report(text))
+            self._buffer, self._begin = b"", 0
+        self._state = State.HANDSHAKE
+        return "220 Ready to start TLS"
+
+    def _auth(self, argument: str) -> str:
+        """Accept any credentials (RFC 4954, section 4)."""
+        if not self._offer.auth:
+            raise _Refusal("502 5.5.1 AUTH is disabled")
+        if not self.host_name:
+            raise _Refusal("503 Error: send EHLO first")
+        if self.user is not None or self._transaction:
+            raise _Refusal("503 5.5.1 Error: AUTH comes once, and before MAIL")
+        name, _, initial = argument.partition(" ")
+        if not name or " " in initial.strip():
+            raise _Refusal("501 5.5.4 Syntax: AUTH mechanism [initial-response]")
+        mechanism = auth.MECHANISMS.get(name.upper())
+        if mechanism is None:
+            raise _Refusal("504 5.5.4 Unrecognized authentication mechanism")
+        self._mechanism, exchange = name.upper(), mechanism()
+        challenge = next(exchange)
+        response = initial.strip().encode("utf-8", "surrogateescape")
+        if response:
+            return self._respond(exchange, response)
+        return self._challenge(exchange, challenge)
+
+    def _respond(self, exchange: auth.Exchange, response: bytes) -> str:
+        """Go on with an exchange of AUTH; nothing keeps the password, and nothing reports it."""
+        self._state, self._exchange = State.COMMAND, None
+        try:
+            challenge = exchange.send(auth.decode(response))
+        except StopIteration as done:
+            self.user = str(done.value)
+            self._actions.append(Login(self.user, self._mechanism))
+            return "235 2.7.0 Authentication successful"
+        return self._challenge(exchange, challenge)
+
+    def _challenge(self, exchange: auth.Exchange, challenge: bytes) -> str:
+        self._state, self._exchange = State.RESPONSE, exchange
+        return f"334 {b64encode(challenge).decode()}"
+
+    def _mail(self, argument: str) -> str:
+        """Begin a mail with its reverse-path (RFC 5321, section 4.1.1.2)."""
+        if not self.host_name:
+            raise _Refusal("503 Error: send HELO first")
+        if self._transaction:
+            raise _Refusal("503 Error: nested MAIL command")
+        path = _path("MAIL FROM", argument)
+        transaction = _Transaction(path, _Content(self._offer.max_size))
+        self._report("MAIL", argument, path, transaction)
+        size = path.parameters.get("SIZE", "")
+        if self._offer.max_size and _SIZE.fullmatch(size) and int(size) > self._offer.max_size:
+            raise _Refusal("552 Error: message size exceeds fixed maximum message size")
+        self._transaction = transaction
+        return "250 OK"
+
+    def _rcpt(self, argument: str) -> str:
+        """Accept a recipient (RFC 5321, section 4.1.1.3)."""
+        transaction = self._transaction
+        if transaction is None:
+            raise _Refusal("503 Error: need MAIL command")
+        transaction.octets += len(argument.encode("utf-8", "surrogateescape"))
+        if len(transaction.forward_paths) >= _RECIPIENTS or transaction.octets > _ENVELOPE_OCTETS:
+            raise _Refusal("452 4.5.3 Too many recipients")
+        path = _path("RCPT TO", argument)
+        self._report("RCPT", argument, path, transaction)
+        transaction.forward_paths.append(path)
+        return "250 OK"
+
+    def _report(self, verb: str, argument: str, path: Path, transaction: _Transaction) -> None:
+        """Report what other servers may refuse in a command, each fault once in a transaction."""
+        if not path.parameters and not path.faults and path.address.isascii():
+            return  # as most are
+        faults = [*path.faults]
+        for keyword, value in path.parameters.items():
+            if not (verb == "MAIL" and self.extended and self._offers(keyword, value)):
+                faults.append(keyword or "=")
+        parameters = transaction.reverse_path.parameters
+        if not path.address.isascii() and "SMTPUTF8" not in parameters:
+            faults.append("an address beyond ASCII without SMTPUTF8")
+        if news := [fault for fault in faults if fault not in transaction.reported]:
+            transaction.reported.update(news)
+            text = f"Other servers may refuse this: {', '.join(news)} in {verb} {argument}"
+            self._actions.append(Report(text))
+
+    def _offers(self, keyword: str, value: str) -> bool:
+        """Tell whether a parameter of MAIL is offered, and has this *value*."""
+        missing = {"SMTPUTF8": not self._offer.smtputf8, "AUTH": not self._offer.auth}
+        pattern = _VALUES.get(keyword)
+        return pattern is not None and not missing.get(keyword) and bool(pattern.fullmatch(value))
+
+    def _data(self, _argument: str) -> str:
+        """Accept the mail that follows (RFC 5321, section 4.1.1.4)."""
+        if self._transaction is None or not self._transaction.forward_paths:
+            raise _Refusal("503 Error: need RCPT command")
+        self._state = State.DATA
+        return "354 End data with <CR><LF>.<CR><LF>"
+
+    def _rset(self, _argument: str) -> str:
+        """Forget the mail that has begun (RFC 5321, section 4.1.1.5)."""
+        self._transaction = None
+        return "250 OK"
+
+    def _noop(self, _argument: str) -> str:
+        """Do nothing (RFC 5321, section 4.1.1.9)."""
+        return "250 OK"
+
+    def _quit(self, _argument: str) -> str:
+        """End the session (RFC 5321, section 4.1.1.10)."""
+        self._state = State.OVER
+        return "221 Bye"
+
+    def _vrfy(self, _address: str) -> str:
+        """Promise nothing about an address (RFC 5321, section 7.3)."""
+        return "252 Cannot VRFY user, but will accept mail for it"
+
+    def _help(self, _topic: str) -> str:
+        """List the commands that can be used (RFC 5321, section 4.1.1.8)."""
+        usable = {b"AUTH": self._offer.auth, b"STARTTLS": self._can_begin_tls}
+        verbs = sorted(verb.decode() for verb in self._COMMANDS if usable.get(verb, True))
+        return f"214 Commands: {' '.join(verbs)}"
+
+    _COMMANDS: ClassVar[dict[bytes, Callable[[Conversation, str], str]]] = {
+        b"AUTH": _auth,
+        b"DATA": _data,
+        b"EHLO": _ehlo,
+        b"HELO": _helo,
+        b"HELP": _help,
+        b"MAIL": _mail,
+        b"NOOP": _noop,
+        b"QUIT": _quit,
+        b"RCPT": _rcpt,
+        b"RSET": _rset,
+        b"STARTTLS": _starttls,
+        b"VRFY": _vrfy,
+    }
+
+
+def _path(command: str, argument: str) -> Path:
+    """Return the path in the *argument* of *command*, as in `MAIL FROM`."""
+    path = parse(command[5:], argument)
+    if path is None:
+        raise _Refusal(f"501 Syntax: {command}:<address>")
+    return path
