@@ -52,6 +52,7 @@ class Connection(asyncio.BufferedProtocol):
         self._clock: asyncio.TimerHandle | None = None
         self._heard = 0.0  # when the client was last heard of
         self._is_blocked = False  # The client does not read.
+        self._is_full = False  # We do not read.
         self._is_ending = False  # The server stops.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -144,11 +145,13 @@ class Connection(asyncio.BufferedProtocol):
             self._perform(action)
         else:
             self._turn = self._loop.call_soon(self._take_turn)
-        if self._transport is not None:
-            if self._conversation.unread > _UNREAD_OCTETS:
-                self._transport.pause_reading()
-            elif not self._transport.is_reading():
-                self._transport.resume_reading()
+        if self._transport is None or self._is_full is (self._conversation.unread > _UNREAD_OCTETS):
+            return
+        self._is_full = not self._is_full
+        if self._is_full:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
 
     def _take_turn(self) -> None:
         self._turn = None

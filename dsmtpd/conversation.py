@@ -25,8 +25,10 @@ _DOT = _END_OF_DATA[:3]
 # As in aiosmtpd: a client that sends more does not speak SMTP.
 _UNKNOWN_COMMANDS = 5
 
-# RFC 5321, section 4.5.3.1.4, asks for 512 octets at least; AUTH has a limit of its own.
+# RFC 5321, section 4.5.3.1.4, asks for 512 octets at least; AUTH may come with a long response,
+# whose length `auth` judges.
 _COMMAND_OCTETS = 1001
+_LINE_OCTETS = _COMMAND_OCTETS + auth.LINE_OCTETS
 
 # RFC 5321, section 4.5.3.1.10, asks for 100 at least; and the octets of them all.
 _RECIPIENTS = 10_000
@@ -256,8 +258,8 @@ class Conversation:
 
         They may change afterwards.
         """
-        if self._state is State.OVER:
-            return
+        if self._state is State.OVER or self._state is State.HANDSHAKE:
+            return  # What comes in clear before the handshake must not seem encrypted after it.
         self._mute = False
         end = len(octets) if end is None else end
         begin = 0
@@ -322,7 +324,7 @@ class Conversation:
         end = self._buffer.find(b"\n", self._begin)
         if end < 0:
             # Of a line that is too long, the beginning is enough to refuse it.
-            beginning = self._begin + auth.LINE_OCTETS + 1
+            beginning = self._begin + _LINE_OCTETS + 1
             self._buffer, self._begin = self._buffer[self._begin : beginning], 0
             return False
         line = self._buffer[self._begin : end].rstrip(b"\r\n")
@@ -445,14 +447,15 @@ class Conversation:
         if self.user is not None or self._transaction:
             raise _Refusal("503 5.5.1 Error: AUTH comes once, and before MAIL")
         name, _, initial = argument.partition(" ")
-        if not name or " " in initial.strip():
+        initial = initial.strip(" ")
+        if not name or " " in initial:
             raise _Refusal("501 5.5.4 Syntax: AUTH mechanism [initial-response]")
         mechanism = auth.MECHANISMS.get(name.upper())
         if mechanism is None:
             raise _Refusal("504 5.5.4 Unrecognized authentication mechanism")
         self._mechanism, exchange = name.upper(), mechanism()
         challenge = next(exchange)
-        response = initial.strip().encode("utf-8", "surrogateescape")
+        response = initial.encode("utf-8", "surrogateescape")
         if response:
             return self._respond(exchange, response)
         return self._challenge(exchange, challenge)
