@@ -119,7 +119,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._turn is None:
                 self._act()
         except Exception as error:  # noqa: BLE001  # the rest of a mail must not become commands
-            self._conversation.lost()
+            self._conversation.lost()  # which frees what a mail has taken
             log.error("%s", printable(f"Internal error: {error!r}"))
             self._cut("421 4.3.0 Internal error")
 
@@ -242,7 +242,7 @@ class Connection(asyncio.BufferedProtocol):
         """End a connection whose TLS has failed for *reason*."""
         what = "The TLS handshake" if self._is_shaking_hands else "TLS"
         self._warn(f"{what} failed: {reason}")
-        self._tls, self._replies = None, b""
+        self._tls = None
         self._conversation.lost()
         self._cut()
 
