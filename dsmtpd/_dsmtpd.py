@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
-from threading import Barrier
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dsmtpd import __version__, logs
@@ -24,7 +24,7 @@ from dsmtpd.text import endpoint, printable
 from dsmtpd.tls import TLSError, ca_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from dsmtpd.message import Envelope
     from dsmtpd.options import Options
@@ -67,6 +67,7 @@ class DsmtpdHandler:
         self.maildir = None if maildir is None else Maildir(maildir)
         self._path = "" if maildir is None else maildir
         self._at_once = False
+        self._workers = ThreadPoolExecutor(_DELIVERIES, "delivery")
 
     async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
         """Show the mail in *envelope*, store it, and return the reply.
@@ -86,33 +87,17 @@ class DsmtpdHandler:
     async def _deliver(self, maildir: Maildir, message: Message) -> str:
         """Store *message* in *maildir*, without blocking other sessions; return the reply."""
         head = message.envelope_fields()
-        is_small = len(head) + len(message.content) <= _SMALL
-        if (self._at_once and is_small) or self._workers is None:
+        if self._at_once and len(head) + len(message.content) <= _SMALL:
             return self._store(maildir, head, message.content)
         # In a thread, for a slow disk must not block the other sessions; shielded, for what has
         # been shown is to be stored even if the client does not wait for it.
-        loop = asyncio.get_running_loop()
-        storing = loop.run_in_executor(self._workers, self._store, maildir, head, message.content)
-        return await asyncio.shield(storing)
-
-    @cached_property
-    def _workers(self) -> ThreadPoolExecutor | None:
-        """A pool whose threads all run, or None when the system does not grant them.
-
-        A pool that finds out at a mail that it can start no thread has queued that mail all the
-        same, for whenever it can.
-        """
-        pool = ThreadPoolExecutor(_DELIVERIES, "delivery")
-        running = Barrier(_DELIVERIES + 1)
+        job = _Job(partial(self._store, maildir, head, message.content))
         try:
-            for _ in range(_DELIVERIES):
-                pool.submit(running.wait)
+            self._workers.submit(job.run)
         except RuntimeError:
-            running.abort()
-            pool.shutdown(wait=False)
-            return None
-        running.wait()
-        return pool
+            # No more threads can be had. The pool has queued the job all the same.
+            job.run()
+        return await asyncio.shield(asyncio.wrap_future(job.result))
 
     def _store(self, maildir: Maildir, head: bytes, content: bytes) -> str:
         """Store *head* and *content* in *maildir*; return the reply to their sender."""
@@ -127,6 +112,23 @@ class DsmtpdHandler:
         finally:
             self._at_once = time.perf_counter() - begin < _AT_ONCE
         return "250 OK"
+
+
+class _Job:
+    """Work that is done once, by whoever runs it first."""
+
+    def __init__(self, work: Callable[[], str]) -> None:
+        self.result: Future[str] = Future()
+        self._work = work
+        self._begun = Lock()
+
+    def run(self) -> None:
+        """Do the work, unless it has begun already."""
+        if self._begun.acquire(blocking=False):
+            try:
+                self.result.set_result(self._work())
+            except Exception as error:  # noqa: BLE001  # for whoever waits for the result
+                self.result.set_exception(error)
 
 
 def _show(message: Message) -> None:

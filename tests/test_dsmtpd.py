@@ -345,22 +345,70 @@ def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at
     assert len(stored(tmp_path)) == len(mails)
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same_and_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+@pytest.fixture
+def limit_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that lets no more than so many threads for deliveries begin."""
+
+    def limit(threads: int) -> None:
+        start, started = threading.Thread.start, itertools.count()
+
+        def start_few(thread: threading.Thread) -> None:
+            if thread.name.startswith("delivery") and next(started) >= threads:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_few)
+
+    return limit
+
+
+def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same(
+    tmp_path: Path, limit_threads: Callable[[int], None]
 ) -> None:
-    start, started = threading.Thread.start, itertools.count()
-
-    def start_few(thread: threading.Thread) -> None:
-        if thread.name.startswith("delivery") and next(started) >= threads:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_few)
+    limit_threads(0)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         for _ in range(3):
             client.sendmail("a@x", ["b@x"], MAIL)
     assert len(stored(tmp_path)) == 3
+
+
+def test_a_mail_that_waits_for_a_thread_that_cannot_be_had_is_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_threads: Callable[[int], None]
+) -> None:
+    limit_threads(1)
+    gate = Gate()
+    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    with (
+        Listener(DsmtpdHandler(tmp_path), FREE) as listener,
+        connect(listener.port) as one,
+        connect(listener.port) as two,
+    ):
+        for client in (one, two):
+            begin_data(client)
+        for client in (one, two):
+            client.send(b".\r\n")
+        for _ in range(2):
+            gate.reached.get(timeout=PATIENCE)
+        gate.opened.set()
+        assert [client.getreply()[0] for client in (one, two)] == [250, 250]
+        # The thread takes this one after the other, which it has found done.
+        one.sendmail("a@x", ["b@x"], b"x" * 300_000)
+    assert len(stored(tmp_path)) == 3
+
+
+def test_a_fault_in_a_thread_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fsync(_: int) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
+        begin_data(client)
+        client.send(b".\r\n")
+        assert client.getreply() == (451, b"4.3.0 Internal error")
+    assert caplog.messages == ["Internal error: ZeroDivisionError()"]
+    assert stored(tmp_path) == []
 
 
 def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
