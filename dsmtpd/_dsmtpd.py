@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dsmtpd import __version__, logs
@@ -115,18 +115,18 @@ class DsmtpdHandler:
 
 
 class _Job:
-    """Work that is done once, by whoever runs it first."""
+    """Work that is done once, by whoever runs it first, and is then forgotten with its mail."""
 
     def __init__(self, work: Callable[[], str]) -> None:
         self.result: Future[str] = Future()
-        self._work = work
-        self._begun = Lock()
+        self._work = deque([work])
 
     def run(self) -> None:
         """Do the work, unless it has begun already."""
-        if self._begun.acquire(blocking=False):
+        with suppress(IndexError):
+            work = self._work.pop()  # which only one thread can do
             try:
-                self.result.set_result(self._work())
+                self.result.set_result(work())
             except Exception as error:  # noqa: BLE001  # for whoever waits for the result
                 self.result.set_exception(error)
 

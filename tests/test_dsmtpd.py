@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -369,7 +370,15 @@ def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same(
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         for _ in range(3):
             client.sendmail("a@x", ["b@x"], MAIL)
-    assert len(stored(tmp_path)) == 3
+        # What the pool has queued in vain keeps no mail in memory.
+        tracemalloc.start()
+        try:
+            for _ in range(5):
+                client.sendmail("a@x", ["b@x"], b"x" * 1_000_000)
+            assert tracemalloc.get_traced_memory()[0] < 2_500_000
+        finally:
+            tracemalloc.stop()
+    assert len(stored(tmp_path)) == 8
 
 
 def test_a_mail_that_waits_for_a_thread_that_cannot_be_had_is_stored_once(
