@@ -14,16 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiosmtpd.controller import UnthreadedController
 
-from dsmtpd import __version__
-from dsmtpd.connection import Connection
-from dsmtpd.conversation import Offer
-from dsmtpd.service import Service
+from dsmtpd.connection import Connection, Service
 from dsmtpd.text import printable
-from dsmtpd.tls import certificate
 
 if TYPE_CHECKING:
-    import ssl
-
     from typing_extensions import Self
 
     from dsmtpd.options import Options
@@ -63,9 +57,9 @@ class Listener:
 
     def __init__(self, handler: object, options: Options) -> None:
         """Open nothing yet; raises `TLSError` when there is no certificate for TLS."""
-        self._handler = handler
         self._options = options
-        self._context, self.ca = certificate(options)
+        self._service = Service(handler, options)
+        self.ca = self._service.ca
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that this cannot be."""
@@ -91,7 +85,7 @@ class Listener:
             self._thread.shutdown()
 
     def _listen(self) -> _Controller:
-        controller = _Controller(self._handler, self._options, self._context)
+        controller = _Controller(self._service, self._options)
         try:
             controller.begin()
         except BaseException:
@@ -121,21 +115,12 @@ class _Controller(UnthreadedController):
 
     server: asyncio.Server
 
-    def __init__(self, handler: object, options: Options, context: ssl.SSLContext | None) -> None:
+    def __init__(self, service: Service, options: Options) -> None:
         loop = asyncio.SelectorEventLoop(_Selector())
         loop.set_exception_handler(self._report)
-        super().__init__(handler, options.interface, options.port, loop)
+        super().__init__(service.handler, options.interface, options.port, loop)
         self._last_report, self._last_time = "", 0.0
-        offer = Offer(
-            # The system's own name needs no resolver, which can take 20 s.
-            hostname=socket.gethostname() or "localhost",
-            ident=f"dsmtpd {__version__}",
-            max_size=options.max_size,
-            smtputf8=not options.disable_smtputf8,
-            auth=not options.disable_auth,
-            tls=options.tls,
-        )
-        self._service = Service(handler, offer, loop, context)
+        self._service = service
 
     def factory(self) -> Connection:
         """Return the protocol for a new connection."""

@@ -329,9 +329,9 @@ def test_commands_injected_after_starttls_are_dropped(
     assert text.endswith(end)
 
 
-def test_the_server_ends_tls_after_quit(ca: trustme.CA, context: ssl.SSLContext) -> None:
+def test_the_server_ends_tls_after_quit(ca: trustme.CA, cert: str) -> None:
     async def run() -> bytes:
-        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
         await secret.open()
         assert codes(secret.read().splitlines()) == [220]
         await secret.send(b"QUIT\r\n")
@@ -346,12 +346,12 @@ def test_the_server_ends_tls_after_quit(ca: trustme.CA, context: ssl.SSLContext)
 
 @pytest.mark.parametrize("last", ["close_notify", "FIN", "both"])
 def test_a_client_that_closes_its_half_after_its_mail_is_answered(
-    last: str, ca: trustme.CA, context: ssl.SSLContext
+    last: str, ca: trustme.CA, cert: str
 ) -> None:
     handler = Handler()
 
     async def run() -> bytes:
-        secret = Secret(Wire(handler, context, tls="implicit"), ca)
+        secret = Secret(Wire(handler, tls="implicit", tls_cert=cert), ca)
         wire = secret.wire
         await secret.open()
         octets = secret.client.encrypt(b"HELO x\r\n" + BEGIN + b"hi\r\n.\r\n")
@@ -399,10 +399,10 @@ def test_a_client_that_leaves_after_the_handshake_without_a_word_is_reported(
 
 
 def test_a_client_that_vanishes_after_the_handshake_without_a_word_is_reported_too(
-    ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
         await secret.open()
         secret.wire.socket.close()  # with a greeting that it has not read: a reset
         await turns(3)
@@ -414,10 +414,10 @@ def test_a_client_that_vanishes_after_the_handshake_without_a_word_is_reported_t
 
 
 def test_a_tls_session_that_is_broken_is_reported_and_closed(
-    ca: trustme.CA, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
         await secret.open()
         await secret.send(b"NOOP\r\n")
         assert codes(secret.read().splitlines()) == [220, 250]
@@ -517,10 +517,10 @@ def test_a_client_that_speaks_no_tls_is_reported(
 
 
 def test_a_client_that_vanishes_in_the_handshake_is_reported(
-    context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        wire = Wire(Handler(), context, tls="starttls")
+        wire = Wire(Handler(), tls="starttls", tls_cert=cert)
         await wire.open()
         await wire.send(b"STARTTLS\r\n")
         wire.socket.close()  # with replies that it has not read: a reset
@@ -533,10 +533,10 @@ def test_a_client_that_vanishes_in_the_handshake_is_reported(
 
 @pytest.mark.parametrize("way", BOTH)
 def test_a_client_that_keeps_the_handshake_waiting_is_cut(
-    way: Way, clock: Clock, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    way: Way, clock: Clock, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> list[bytes]:
-        wire = Wire(Handler(), context, tls=way)
+        wire = Wire(Handler(), tls=way, tls_cert=cert)
         await wire.open()
         await wire.send(b"STARTTLS\r\n" if way == "starttls" else b"")
         clock.ahead += 9
@@ -553,10 +553,10 @@ def test_a_client_that_keeps_the_handshake_waiting_is_cut(
 
 
 def test_a_client_that_neither_reads_nor_begins_tls_is_cut(
-    clock: Clock, context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    clock: Clock, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        wire = Wire(Handler(), context, tls="starttls")
+        wire = Wire(Handler(), tls="starttls", tls_cert=cert)
         await wire.open()
         # Less than what would have the server wait, and more than the system holds.
         wire.hold_little()
@@ -572,10 +572,10 @@ def test_a_client_that_neither_reads_nor_begins_tls_is_cut(
 
 
 def test_after_the_handshake_a_client_has_as_much_time_as_in_clear(
-    ca: trustme.CA, clock: Clock, context: ssl.SSLContext
+    ca: trustme.CA, clock: Clock, cert: str
 ) -> None:
     async def run() -> bytes:
-        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
         await secret.open()
         clock.ahead += 299
         await turns(3)
@@ -617,10 +617,10 @@ def test_a_server_that_stops_says_nothing_into_a_handshake(
 
 @pytest.mark.parametrize("end", ["the server stops", "it has had 300 s"])
 def test_a_client_that_does_not_read_after_quit_is_cut(
-    end: str, ca: trustme.CA, clock: Clock, context: ssl.SSLContext
+    end: str, ca: trustme.CA, clock: Clock, cert: str
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), context, tls="implicit"), ca)
+        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
         wire = secret.wire
         wire.hold_little()
         await secret.open()

@@ -18,13 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmtpd.connection import Connection
-from dsmtpd.conversation import Offer
+from dsmtpd.connection import Connection, Service
 from dsmtpd.options import Options
-from dsmtpd.service import Service
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     import pytest
@@ -102,14 +99,12 @@ class Wire:
     def __init__(
         self,
         handler: object,
-        context: ssl.SSLContext | None = None,
         *,
         service: Service | None = None,
-        **offer: Any,
+        **options: Any,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        offered = Offer(hostname="server.test", **offer)
-        self.service = service or Service(handler, offered, self.loop, context)
+        self.service = service or Service(handler, Options(**options))
         self.session = Connection(self.service)
         self.socket, self._other = socket.socketpair()
         self.socket.setblocking(False)  # noqa: FBT003  # its only form
