@@ -202,10 +202,14 @@ class Connection(asyncio.BufferedProtocol):
             self._perform(action)
         else:
             self._turn = self._loop.call_soon(self._take_turn)
-        if self._transport is None or self._is_full is (self._conversation.unread > _UNREAD_OCTETS):
-            return
+        if self._is_full is not (self._conversation.unread > _UNREAD_OCTETS):
+            self._stop_or_go_on_reading()
+
+    def _stop_or_go_on_reading(self) -> None:
         self._is_full = not self._is_full
-        if self._is_full:
+        if self._transport is None:
+            pass
+        elif self._is_full:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()

@@ -336,11 +336,14 @@ class Conversation:
             if self._state is _COMMAND or self._state is _RESPONSE:
                 end = self._buffer.find(b"\n", self._begin)
                 if end >= 0:
-                    self._read_line(end)
+                    line = self._buffer[self._begin : end].rstrip(b"\r\n")
+                    self._begin = end + 1
+                    self._read(line)
                     continue
-                # Of a line that is too long, the beginning is enough to refuse it.
-                beginning = self._begin + _LINE_OCTETS + 1
-                self._buffer, self._begin = self._buffer[self._begin : beginning], 0
+                if self.unread > _LINE_OCTETS:
+                    # The beginning is enough to refuse the line.
+                    beginning = self._begin + _LINE_OCTETS + 1
+                    self._buffer, self._begin = self._buffer[self._begin : beginning], 0
             elif self._state is not _DATA:
                 return None
             if not self._ended:
@@ -348,10 +351,8 @@ class Conversation:
             self._close()
         return self._actions.popleft()
 
-    def _read_line(self, end: int) -> None:
-        """Carry out the next line, which has its line feed at the index *end*."""
-        line = self._buffer[self._begin : end].rstrip(b"\r\n")
-        self._begin = end + 1
+    def _read(self, line: bytes) -> None:
+        """Carry out and answer a *line*."""
         try:
             if self._exchange is None:
                 self._carry_out(line)
@@ -366,11 +367,9 @@ class Conversation:
         self._verb = verb = verb.upper()
         if len(line) > _COMMAND_OCTETS and verb != b"AUTH":
             raise _Refusal("500 Command line too long")
-        if not verb.isalpha():
-            raise _Refusal("500 Error: bad syntax")
         command = self._COMMANDS.get(verb)
         if command is None:
-            self._refuse_unknown(verb.decode())
+            self._refuse_unknown(verb)
             return
         try:
             text = argument.strip().decode(*self._encoding)
@@ -383,16 +382,22 @@ class Conversation:
     def _answer(self, reply: str) -> None:
         """Send *reply*, after those that wait, or have it wait itself."""
         self._replies += f"{reply}\r\n".encode("utf-8", "backslashreplace")
-        may_wait = len(self._replies) < _GROUP_OCTETS and not self._actions
-        if self._verb in _GROUPED and may_wait and self._buffer.find(b"\n", self._begin) >= 0:
+        if (
+            self._verb in _GROUPED
+            and self._buffer.find(b"\n", self._begin) >= 0
+            and len(self._replies) < _GROUP_OCTETS
+            and not self._actions
+        ):
             return
         self._actions.append(Reply(self._replies))
         self._replies = b""
 
-    def _refuse_unknown(self, verb: str) -> None:
+    def _refuse_unknown(self, verb: bytes) -> None:
+        if not verb.isalpha():
+            raise _Refusal("500 Error: bad syntax")
         self._unknown_commands += 1
         if self._unknown_commands < _UNKNOWN_COMMANDS:
-            raise _Refusal(f'500 Error: command "{verb}" not recognized')
+            raise _Refusal(f'500 Error: command "{verb.decode()}" not recognized')
         self._answer("502 5.5.1 Too many unrecognized commands, goodbye.")
         self._close()
 
@@ -528,8 +533,9 @@ class Conversation:
         self._answer("354 End data with <CR><LF>.<CR><LF>")
         self._state = _DATA
         self._arriving, self._transaction = self._transaction, None
-        end = len(self._buffer)
-        self._begin = self._read_content(self._arriving, self._buffer, self._begin, end)
+        if self.unread:
+            end = len(self._buffer)
+            self._begin = self._read_content(self._arriving, self._buffer, self._begin, end)
 
     def _read_content(
         self, transaction: _Transaction, octets: bytes | bytearray, begin: int, end: int
