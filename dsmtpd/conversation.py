@@ -482,7 +482,9 @@ class Conversation:
             raise _Refusal("503 Error: send HELO first")
         if self._transaction:
             raise _Refusal("503 Error: nested MAIL command")
-        path = _path("MAIL FROM", argument)
+        path = parse("FROM", argument)
+        if path is None:
+            raise _Refusal("501 Syntax: MAIL FROM:<address>")
         transaction = _Transaction(path, self._offer.max_size)
         self._report("MAIL", argument, path, transaction)
         size = path.parameters.get("SIZE", "")
@@ -499,7 +501,9 @@ class Conversation:
         transaction.octets += len(argument.encode("utf-8", "surrogateescape"))
         if len(transaction.forward_paths) >= _RECIPIENTS or transaction.octets > _ENVELOPE_OCTETS:
             raise _Refusal("452 4.5.3 Too many recipients")
-        path = _path("RCPT TO", argument)
+        path = parse("TO", argument)
+        if path is None:
+            raise _Refusal("501 Syntax: RCPT TO:<address>")
         self._report("RCPT", argument, path, transaction)
         transaction.forward_paths.append(path)
         self._answer("250 OK")
@@ -592,11 +596,3 @@ class Conversation:
         b"STARTTLS": _starttls,
         b"VRFY": _vrfy,
     }
-
-
-def _path(command: str, argument: str) -> Path:
-    """Return the path in the *argument* of *command*, as in `MAIL FROM`."""
-    path = parse(command[5:], argument)
-    if path is None:
-        raise _Refusal(f"501 Syntax: {command}:<address>")
-    return path
