@@ -25,8 +25,9 @@ log = logging.getLogger(__package__)
 _INPUT_OCTETS = 64 * 1024
 _UNREAD_OCTETS = 256 * 1024
 
-# After this many actions it is the turn of the other connections.
-_ACTIONS = 4
+# After this many actions it is the turn of the other connections. Up to there, the replies to
+# commands that came together go together (RFC 2920, section 3.2).
+_ACTIONS = 64
 
 # Seconds without an octet after which a client is cut (RFC 5321, section 4.5.3.2.7).
 _PATIENCE = 300
@@ -202,6 +203,8 @@ class Connection(asyncio.BufferedProtocol):
             self._perform(action)
         else:
             self._turn = self._loop.call_soon(self._take_turn)
+        if self._replies:
+            self._service.post(self)
         if self._is_full is not (self._conversation.unread > _UNREAD_OCTETS):
             self._stop_or_go_on_reading()
 
@@ -220,10 +223,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Reply):
-            is_posted = bool(self._replies)
             self._replies += action.octets
-            if not is_posted:
-                self._service.post(self)
         elif isinstance(action, Mail):
             self._delivery = self._loop.create_task(self._deliver(action))
             # It is kept until it is done, whether or not the client stays.

@@ -39,11 +39,6 @@ _ENVELOPE_OCTETS = 1024 * 1024
 _SMALL = 1024 * 1024
 _ROOM = 33 * _SMALL
 
-# The replies to these may wait for those to the next commands (RFC 2920, section 3.2), up to some
-# octets.
-_GROUPED = {b"MAIL", b"RCPT", b"RSET"}
-_GROUP_OCTETS = 4096
-
 # Commands without an argument, and the arguments of those that are nothing without one.
 _BARE = {b"DATA", b"QUIT", b"RSET", b"STARTTLS"}
 _ARGUMENTS = {b"EHLO": "hostname", b"HELO": "hostname", b"VRFY": "<address>"}
@@ -74,7 +69,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Send these *octets*: the reply to a command, or to a group of them (RFC 2920)."""
+    """Send these *octets*: the reply to a command."""
 
     octets: bytes
 
@@ -246,7 +241,6 @@ class Conversation:
         self._offer = offer
         self._encoding = ("utf-8", "surrogateescape") if offer.smtputf8 else ("ascii", "strict")
         self._actions: deque[Action] = deque()
-        self._replies = b""  # which wait for the others of their group
         self._buffer, self._begin = b"", 0  # what has arrived, and where the unread part begins
         self._ended = False  # The client has closed its half.
         self._encrypted = False
@@ -262,7 +256,6 @@ class Conversation:
     def _forget(self) -> None:
         """Know nothing of the client, as at the beginning and after STARTTLS."""
         self._state = _COMMAND
-        self._verb = b""  # of the last command
         self.host_name = ""
         self.extended = False
         self.user: str | None = None
@@ -312,7 +305,7 @@ class Conversation:
             self._actions.append(Report(f"{text}; perhaps it does not trust the certificate"))
         self._mute = False
         self._state = _OVER
-        self._replies, self._buffer, self._begin = b"", b"", 0
+        self._buffer, self._begin = b"", 0
         self._transaction = self._arriving = self._exchange = None
 
     def tls_begun(self) -> None:
@@ -364,7 +357,7 @@ class Conversation:
     def _carry_out(self, line: bytes) -> None:
         """Carry out and answer a command (RFC 5321, section 4.1.1)."""
         verb, _, argument = line.partition(b" ")
-        self._verb = verb = verb.upper()
+        verb = verb.upper()
         if len(line) > _COMMAND_OCTETS and verb != b"AUTH":
             raise _Refusal("500 Command line too long")
         command = self._COMMANDS.get(verb)
@@ -380,17 +373,7 @@ class Conversation:
         command(self, text)
 
     def _answer(self, reply: str) -> None:
-        """Send *reply*, after those that wait, or have it wait itself."""
-        self._replies += f"{reply}\r\n".encode("utf-8", "backslashreplace")
-        if (
-            self._verb in _GROUPED
-            and self._buffer.find(b"\n", self._begin) >= 0
-            and len(self._replies) < _GROUP_OCTETS
-            and not self._actions
-        ):
-            return
-        self._actions.append(Reply(self._replies))
-        self._replies = b""
+        self._actions.append(Reply(f"{reply}\r\n".encode("utf-8", "backslashreplace")))
 
     def _refuse_unknown(self, verb: bytes) -> None:
         if not verb.isalpha():

@@ -636,44 +636,6 @@ def test_what_is_over_the_limit_uses_no_memory() -> None:
     assert outcome(pull(conversation)).codes == [552]
 
 
-@pytest.mark.parametrize(
-    ("group", "replies"),
-    [
-        ("RSET,RSET,RSET", [3]),
-        (f"{MAIL},{RCPT},RCPT TO:,RSET,DATA", [5]),
-        (f"{MAIL},{RCPT},DATA", [3]),
-        ("RSET,NOOP,RSET,RSET", [2, 2]),
-        ("RSET,HELP,VRFY a@x,rset", [2, 1, 1]),
-        ("RSET,HELO x,RSET", [2, 1]),
-        ("RSET,AUTH PLAIN,*,RSET", [2, 1, 1]),
-        ("RSET,RSETS,RSET,x-y,RSET", [2, 2, 1]),
-        ("RSET,QUIT,RSET", [2]),
-        ("RSET,X,X,X,X,RSET,X,RSET", [2, 1, 1, 1, 2]),
-        (f"{MAIL},RCPT TO:b@x,RCPT TO:<c@x>,RSET", [2, 2]),
-    ],
-)
-def test_the_replies_to_a_group_come_together(group: str, replies: list[int]) -> None:
-    conversation = begin(OFFER, EHLO)
-    conversation.receive(group.replace(",", "\r\n").encode() + b"\r\nNOO")
-    octets = [action.octets for action in pull(conversation) if isinstance(action, Reply)]
-    assert [reply.count(b"\r\n") for reply in octets] == replies
-
-
-def test_a_report_comes_before_the_replies_to_its_group() -> None:
-    conversation = begin(OFFER, EHLO)
-    conversation.receive(b"RSET\r\nMAIL FROM:a@x\r\nRSET\r\n")
-    report, replies, last = pull(conversation)
-    assert isinstance(report, Report)
-    assert [replies, last] == [Reply(b"250 OK\r\n250 OK\r\n"), Reply(b"250 OK\r\n")]
-
-
-def test_the_replies_to_a_long_group_come_in_pieces_of_4096_octets() -> None:
-    conversation = begin(OFFER, EHLO)
-    conversation.receive(b"RSET\r\n" * 1100)
-    replies = [action.octets for action in pull(conversation) if isinstance(action, Reply)]
-    assert list(map(len, replies)) == [4096, 4096, 608]
-
-
 def deliver(rest: bytes = b"") -> Conversation:
     """Return a conversation that has a mail out for delivery; *rest* follows it."""
     conversation = begin(OFFER, EHLO, BEGIN)

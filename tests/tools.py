@@ -110,7 +110,8 @@ class Wire:
         self.socket.setblocking(False)  # noqa: FBT003  # its only form
 
     async def open(self) -> None:
-        await self.loop.connect_accepted_socket(lambda: self.session, self._other)
+        accepting = self.loop.connect_accepted_socket(lambda: self.session, self._other)
+        self.transport, _ = await accepting
 
     def hold_little(self) -> None:
         """Have the system hold little of what the client does not read."""
