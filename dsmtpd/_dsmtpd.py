@@ -26,7 +26,8 @@ from dsmtpd.tls import TLSError, ca_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from dsmtpd.message import Envelope
+    from aiosmtpd.smtp import Envelope
+
     from dsmtpd.options import Options
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiosmtpd.smtp import Envelope, Session
 
 from dsmtpd import __version__, tls
-from dsmtpd.conversation import BeginTLS, Conversation, Login, Mail, Offer, Reply, Report
+from dsmtpd.conversation import BeginTLS, Conversation, Mail, Offer, Reply, Report
 from dsmtpd.text import endpoint, printable
 
 if TYPE_CHECKING:
@@ -230,12 +230,7 @@ class Connection(asyncio.BufferedProtocol):
             self._service.deliveries.add(self._delivery)
             self._delivery.add_done_callback(self._service.deliveries.discard)
         elif isinstance(action, Report):
-            self._warn(action.text)
-        elif isinstance(action, Login):
-            self._session.authenticated = True
-            self._session.auth_data = action.user  # type: ignore[assignment]  # which may be any
-            user = printable(action.user)
-            log.info("%s: %s logged in by AUTH %s", self._peer, user, action.mechanism)
+            self._report(action)
         elif isinstance(action, BeginTLS):
             self.flush()
             self._tls = tls.Layer(cast("ssl.SSLContext", self._service.context))
@@ -254,6 +249,9 @@ class Connection(asyncio.BufferedProtocol):
         envelope.content = envelope.original_content = mail.content
         self._session.host_name = self._conversation.host_name
         self._session.extended_smtp = self._conversation.extended
+        if self._conversation.user is not None:
+            self._session.authenticated = True
+            self._session.auth_data = self._conversation.user  # type: ignore[assignment]  # any
         handler = self._service.handler
         reply = "421 4.3.0 Internal error"  # also when the handler lets itself be cancelled
         try:
@@ -284,12 +282,9 @@ class Connection(asyncio.BufferedProtocol):
         if octets and self._transport is not None:
             self._transport.write(octets)
 
-    def _warn(self, text: str) -> None:
-        log.warning("%s: %s", self._peer, printable(text))
-
-    @property
-    def _peer(self) -> str:
-        return printable(endpoint(self._session.peer))
+    def _report(self, report: Report) -> None:
+        peer, text = printable(endpoint(self._session.peer)), printable(report.text)
+        log.log(logging.WARNING if report.warns else logging.INFO, "%s: %s", peer, text)
 
     @property
     def _is_shaking_hands(self) -> bool:
@@ -315,7 +310,7 @@ class Connection(asyncio.BufferedProtocol):
     def _fail(self, reason: str) -> None:
         """End a connection whose TLS has failed for *reason*."""
         what = "The TLS handshake" if self._is_shaking_hands else "TLS"
-        self._warn(f"{what} failed: {reason}")
+        self._report(Report(f"{what} failed: {reason}"))
         self._tls = None
         self._conversation.lost()
         self._cut()

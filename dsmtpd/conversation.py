@@ -87,18 +87,11 @@ class Mail:
 
 
 @dataclass(frozen=True, slots=True)
-class Login:
-    """Log that *user* has logged in by the *mechanism*."""
-
-    user: str
-    mechanism: str
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
-    """Log this *text*, which may hold any character: what other servers may refuse, or a loss."""
+    """Log this *text*, which may hold any character, as a warning unless it *warns* of nothing."""
 
     text: str
+    warns: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +104,7 @@ class Close:
     """Close the connection, once all replies are sent."""
 
 
-Action = Reply | Mail | Login | Report | BeginTLS | Close
+Action = Reply | Mail | Report | BeginTLS | Close
 
 
 class State(Enum):
@@ -456,7 +449,8 @@ class Conversation:
             self._challenge(exchange, exchange.send(auth.decode(response)))
         except StopIteration as done:
             self.user = str(done.value)
-            self._actions.append(Login(self.user, self._mechanism))
+            text = f"{self.user} logged in by AUTH {self._mechanism}"
+            self._actions.append(Report(text, warns=False))
             self._answer("235 2.7.0 Authentication successful")
 
     def _mail(self, argument: str) -> None:

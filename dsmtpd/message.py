@@ -7,12 +7,14 @@ from binascii import b2a_base64
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dsmtpd.text import decoded, endpoint, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from aiosmtpd.smtp import Envelope
 
 # Only so much is looked at for the log: a hostile mail must not block other sessions.
 CHECKED_OCTETS = 1024 * 1024
@@ -35,14 +37,6 @@ LINE_OCTETS = 998
 # RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds count.
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)(?:\n|\Z)")
 _FOLD = re.compile(rb"\r?\n[ \t]+")
-
-
-class Envelope(Protocol):
-    """What this module needs of aiosmtpd's envelope."""
-
-    mail_from: str | None
-    rcpt_tos: list[str]
-    content: bytes | str | None
 
 
 @dataclass(frozen=True, slots=True)

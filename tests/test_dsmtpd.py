@@ -29,7 +29,7 @@ from dsmtpd import __version__, _dsmtpd
 from dsmtpd._dsmtpd import DsmtpdHandler, main
 from dsmtpd.maildir import ensure_maildir
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, reset, send, stored
+from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, envelope, reset, send, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,12 +40,9 @@ if TYPE_CHECKING:
 SESSION = SimpleNamespace(peer=("127.0.0.1", 1234))
 
 
-def envelope(content: bytes | str = MAIL) -> SimpleNamespace:
-    return SimpleNamespace(mail_from="a@x", rcpt_tos=["b@x", "c@x"], content=content)
-
-
 def handle(handler: DsmtpdHandler, content: bytes | str = MAIL) -> str:
-    return asyncio.run(handler.handle_DATA(None, SESSION, envelope(content)))
+    mail = envelope("a@x", ["b@x", "c@x"], content)
+    return asyncio.run(handler.handle_DATA(None, SESSION, mail))
 
 
 @pytest.fixture

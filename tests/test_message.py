@@ -3,11 +3,11 @@ from __future__ import annotations
 import email
 import email.policy
 from email.header import decode_header
-from types import SimpleNamespace
 
 import pytest
 
 from dsmtpd.message import Message
+from tests.tools import envelope
 
 PEER = ("127.0.0.1", 54321)
 
@@ -15,8 +15,7 @@ PEER = ("127.0.0.1", 54321)
 def message(
     content: bytes | str, mail_from: str = "a@x", rcpt_tos: tuple[str, ...] = ("b@x",)
 ) -> Message:
-    envelope = SimpleNamespace(mail_from=mail_from, rcpt_tos=list(rcpt_tos), content=content)
-    return Message.from_envelope(PEER, envelope)
+    return Message.from_envelope(PEER, envelope(mail_from, rcpt_tos, content))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +93,7 @@ def test_text_is_taken_for_the_bytes_that_it_was() -> None:
 
 
 def test_a_missing_envelope_value_is_the_null_reverse_path_or_the_empty_mail() -> None:
-    envelope = SimpleNamespace(mail_from=None, rcpt_tos=[], content=None)
-    assert Message.from_envelope(PEER, envelope) == Message(PEER, "<>", (), b"")
+    assert Message.from_envelope(PEER, envelope(None, [], None)) == Message(PEER, "<>", (), b"")
 
 
 def test_the_summary_is_printable_in_all_its_parts() -> None:

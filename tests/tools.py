@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aiosmtpd.smtp import Envelope
+
 from dsmtpd.connection import Connection, Service
 from dsmtpd.options import Options
 
@@ -76,6 +78,15 @@ def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
     """Return the mails in new/, oldest first, after a look that tmp/ is empty."""
     assert list(Path(maildir, "tmp").iterdir()) == []
     return [path.read_bytes() for path in sorted(Path(maildir, "new").iterdir())]
+
+
+def envelope(
+    mail_from: str | None, rcpt_tos: Iterable[str], content: bytes | str | None
+) -> Envelope:
+    """Return what aiosmtpd hands to a handler."""
+    made = Envelope()
+    made.mail_from, made.rcpt_tos, made.content = mail_from, list(rcpt_tos), content
+    return made
 
 
 class Clock(asyncio.SelectorEventLoop):
