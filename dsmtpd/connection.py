@@ -148,14 +148,15 @@ class Connection(asyncio.BufferedProtocol):
         """Forget the client, but for a delivery that is under way."""
         if self._is_shaking_hands and not self._is_ending:
             self._fail(_LEFT)
-        self._conversation.lost()
-        self._proceed()
         for handle in (self._clock, self._turn):
             if handle is not None:
                 handle.cancel()
-        self._service.clients.discard(self)
         # Nothing is to stay alive until the next garbage collection.
-        self._transport = self._tls = self._clock = self._turn = None
+        self._clock = self._turn = None
+        self._conversation.lost()
+        self._proceed()
+        self._service.clients.discard(self)
+        self._transport = self._tls = None
 
     def pause_writing(self) -> None:
         """Wait for a client that does not read."""
@@ -206,16 +207,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._replies:
             self._service.post(self)
         if self._is_full is not (self._conversation.unread > _UNREAD_OCTETS):
-            self._stop_or_go_on_reading()
-
-    def _stop_or_go_on_reading(self) -> None:
-        self._is_full = not self._is_full
-        if self._transport is None:
-            pass
-        elif self._is_full:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
+            self._is_full = not self._is_full
+            transport = cast("asyncio.Transport", self._transport)
+            if self._is_full:
+                transport.pause_reading()
+            else:
+                transport.resume_reading()
 
     def _take_turn(self) -> None:
         self._turn = None
