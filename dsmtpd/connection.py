@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiosmtpd.smtp import Envelope, Session
 
 from dsmtpd import __version__, tls
-from dsmtpd.conversation import BeginTLS, Conversation, Mail, Offer, Reply, Report
+from dsmtpd.conversation import Control, Conversation, Mail, Offer, Reply, Report
 from dsmtpd.text import endpoint, printable
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class Connection(asyncio.BufferedProtocol):
             self._delivery.add_done_callback(self._service.deliveries.discard)
         elif isinstance(action, Report):
             self._report(action)
-        elif isinstance(action, BeginTLS):
+        elif action is Control.BEGIN_TLS:
             self.flush()
             self._tls = tls.Layer(cast("ssl.SSLContext", self._service.context))
             self._set_clock(_HANDSHAKE_PATIENCE)

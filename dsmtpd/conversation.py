@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum, auto
 from io import BytesIO
 from sys import maxsize
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from dsmtpd import auth
 from dsmtpd.path import Path, parse
@@ -43,14 +42,11 @@ _ROOM = 33 * _SMALL
 _BARE = {b"DATA", b"QUIT", b"RSET", b"STARTTLS"}
 _ARGUMENTS = {b"EHLO": "hostname", b"HELO": "hostname", b"VRFY": "<address>"}
 
-# The values of the parameters of MAIL (RFC 1870, 6152, 6531 and 4954).
+# RFC 1870, section 4.
 _SIZE = re.compile(r"[0-9]{1,20}")
-_VALUES = {"SIZE": _SIZE, "BODY": re.compile("(?i:7BIT|8BITMIME)")}
-_VALUES |= {"SMTPUTF8": re.compile(""), "AUTH": re.compile(".+")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(NamedTuple):
     """What a server offers to its clients, and how much it accepts.
 
     *hostname* and *ident* make the greeting; *max_size* is the largest message in octets, 0 sets
@@ -67,15 +63,13 @@ class Offer:
     tls: Literal["starttls", "implicit"] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """Send these *octets*: the reply to a command."""
 
     octets: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Mail:
+class Mail(NamedTuple):
     """Deliver this mail, and pass the reply to it to `Conversation.delivered`.
 
     *content*: what came after DATA, without the stuffed dots, with the line ends that were sent.
@@ -86,25 +80,25 @@ class Mail:
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """Log this *text*, which may hold any character, as a warning unless it *warns* of nothing."""
 
     text: str
     warns: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class BeginTLS:
-    """Shake hands, and then call `Conversation.tls_begun`; what arrives from now on is TLS."""
+class Control(Enum):
+    """What else is to be done: begin TLS, or close the connection once all replies are sent.
+
+    TLS means to shake hands, and then to call `Conversation.tls_begun`; what arrives from now on is
+    encrypted.
+    """
+
+    BEGIN_TLS = auto()
+    CLOSE = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close the connection, once all replies are sent."""
-
-
-Action = Reply | Mail | Report | BeginTLS | Close
+Action = Reply | Mail | Report | Control
 
 
 class State(Enum):
@@ -242,7 +236,7 @@ class Conversation:
         self._forget()
         if offer.tls == "implicit":
             self._state = _HANDSHAKE
-            self._actions.append(BeginTLS())
+            self._actions.append(Control.BEGIN_TLS)
         else:
             self._greet()
 
@@ -290,7 +284,7 @@ class Conversation:
 
     def _close(self) -> None:
         self._end()
-        self._actions.append(Close())
+        self._actions.append(Control.CLOSE)
 
     def _end(self) -> None:
         if self._mute:
@@ -413,7 +407,7 @@ class Conversation:
             self._buffer, self._begin = b"", 0
         self._answer("220 Ready to start TLS")
         self._state = _HANDSHAKE
-        self._actions.append(BeginTLS())
+        self._actions.append(Control.BEGIN_TLS)
 
     def _auth(self, argument: str) -> None:
         """Accept any credentials (RFC 4954, section 4)."""
@@ -502,10 +496,14 @@ class Conversation:
             self._actions.append(Report(text))
 
     def _offers(self, keyword: str, value: str) -> bool:
-        """Tell whether a parameter of MAIL is offered, and has this *value*."""
-        missing = {"SMTPUTF8": not self._offer.smtputf8, "AUTH": not self._offer.auth}
-        pattern = _VALUES.get(keyword)
-        return pattern is not None and not missing.get(keyword) and bool(pattern.fullmatch(value))
+        """Tell whether a parameter of MAIL is offered, and may have this *value*."""
+        offered = {
+            "SIZE": bool(_SIZE.fullmatch(value)),
+            "BODY": value.upper() in {"7BIT", "8BITMIME"},  # RFC 6152, section 2
+            "SMTPUTF8": self._offer.smtputf8 and not value,  # RFC 6531, section 3.4
+            "AUTH": self._offer.auth and value != "",  # RFC 4954, section 5
+        }
+        return offered.get(keyword, False)
 
     def _data(self, _argument: str) -> None:
         """Accept the mail that follows (RFC 5321, section 4.1.1.4)."""

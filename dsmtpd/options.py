@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 DEFAULT_INTERFACE = "127.0.0.1"
 DEFAULT_PORT = 1025
 DEFAULT_MAX_SIZE = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(NamedTuple):
     """How to listen, what to take and where to store it.
 
     *interface*: the address or the name of the interface to listen on.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from dsmtpd.conversation import BeginTLS, Close, Conversation, Mail, Offer, Reply, Report
+from dsmtpd.conversation import Control, Conversation, Mail, Offer, Reply, Report
 from dsmtpd.path import Path
 
 OFFER = Offer(hostname="mx.example.org")
@@ -229,15 +229,15 @@ def test_a_reply_may_hold_what_no_encoding_can_express() -> None:
 
 
 def test_quit_closes_and_forgets_what_follows() -> None:
-    assert say("QUIT\r\nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Close()])
-    assert say("quit  \nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Close()])
+    assert say("QUIT\r\nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Control.CLOSE])
+    assert say("quit  \nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Control.CLOSE])
 
 
 def test_the_fifth_unknown_command_closes() -> None:
     whole = say("GET / HTTP/1.1\r\n\r\nNOOP\r\n" + "Host: x\r\nX\r\n" * 4 + "NOOP\r\n")
     assert whole.codes == [500, 500, 250, 500, 500, 500, 500, 500, 500, 500, 502]
     assert whole.lines[-1] == "502 5.5.1 Too many unrecognized commands, goodbye."
-    assert whole.others == [Close()]
+    assert whole.others == [Control.CLOSE]
 
 
 @pytest.mark.parametrize("command", ["MAIL FROM:<é@x>", "RCPT TO:<é@x>", "NOOP \udcff", "EHLO é"])
@@ -468,7 +468,7 @@ MUTE += "; perhaps it does not trust the certificate"
 def test_starttls_forgets_what_came_in_clear() -> None:
     conversation = begin(STARTTLS, EHLO, f"AUTH PLAIN {PLAIN}\r\n".encode(), BEGIN[:17])
     conversation.receive(b"STARTTLS\r\n")
-    assert pull(conversation) == [Reply(b"220 Ready to start TLS\r\n"), BeginTLS()]
+    assert pull(conversation) == [Reply(b"220 Ready to start TLS\r\n"), Control.BEGIN_TLS]
     assert conversation.host_name == "client"
     conversation.tls_begun()
     assert pull(conversation) == []
@@ -489,7 +489,7 @@ def test_what_is_sent_after_starttls_in_clear_is_dropped_and_reported(injected: 
     conversation.receive(b"RSET\r\nSTARTTLS\r\n" + injected)
     text = "What was sent after STARTTLS, without waiting for the reply, is dropped"
     whole = outcome(pull(conversation))
-    assert whole == (b"250 OK\r\n220 Ready to start TLS\r\n", [Report(text), BeginTLS()])
+    assert whole == (b"250 OK\r\n220 Ready to start TLS\r\n", [Report(text), Control.BEGIN_TLS])
     assert conversation.unread == 0
     conversation.tls_begun()
     conversation.receive(EHLO)
@@ -498,7 +498,7 @@ def test_what_is_sent_after_starttls_in_clear_is_dropped_and_reported(injected: 
 
 def test_implicit_tls_comes_before_the_greeting() -> None:
     conversation = Conversation(IMPLICIT)
-    assert pull(conversation) == [BeginTLS()]
+    assert pull(conversation) == [Control.BEGIN_TLS]
     conversation.tls_begun()
     assert pull(conversation) == [GREETING]
     conversation.receive(EHLO + b"STARTTLS\r\nHELP\r\n")
@@ -511,9 +511,9 @@ def test_implicit_tls_comes_before_the_greeting() -> None:
 @pytest.mark.parametrize(
     ("octets", "eof", "actions"),
     [
-        (b"", True, [Report(MUTE), Close()]),
+        (b"", True, [Report(MUTE), Control.CLOSE]),
         (b"", False, [Report(MUTE)]),
-        (b"N", True, [Close()]),
+        (b"N", True, [Control.CLOSE]),
         (b"N", False, []),
     ],
 )
@@ -655,14 +655,14 @@ def test_nothing_is_carried_out_while_a_mail_is_out() -> None:
     assert (conversation.next_action(), conversation.unread) == (None, 12)
     conversation.delivered("451 4.3.0 Disk full")
     replies = [b"451 4.3.0 Disk full\r\n", b"250 OK\r\n", b"221 Bye\r\n"]
-    assert pull(conversation) == [*map(Reply, replies), Close()]
+    assert pull(conversation) == [*map(Reply, replies), Control.CLOSE]
     assert conversation.unread == 0
 
 
 def test_a_421_of_the_delivery_closes() -> None:
     conversation = deliver(b"NOOP\r\n")
     conversation.delivered("421 4.3.2 Stopping")
-    assert pull(conversation) == [Reply(b"421 4.3.2 Stopping\r\n"), Close()]
+    assert pull(conversation) == [Reply(b"421 4.3.2 Stopping\r\n"), Control.CLOSE]
     assert conversation.unread == 0
 
 
@@ -692,7 +692,7 @@ def test_after_a_loss_nothing_is_carried_out_or_kept(pieces: list[bytes], octets
 def test_what_comes_after_the_end_is_ignored() -> None:
     conversation = begin(OFFER)
     conversation.receive(b"QUIT\r\n")
-    assert pull(conversation) == [Reply(b"221 Bye\r\n"), Close()]
+    assert pull(conversation) == [Reply(b"221 Bye\r\n"), Control.CLOSE]
     conversation.receive(b"NOOP\r\n")
     conversation.receive_eof()
     conversation.lost()
@@ -717,7 +717,7 @@ def test_whole_lines_are_carried_out_before_the_end(
     whole = say(EHLO + octets, eof=True)
     assert whole.codes == [250, *codes]
     assert whole.contents == contents
-    assert [action for action in whole.others if not isinstance(action, Mail)] == [Close()]
+    assert [action for action in whole.others if not isinstance(action, Mail)] == [Control.CLOSE]
 
 
 def test_a_client_may_end_while_its_mail_is_out() -> None:
@@ -726,7 +726,7 @@ def test_a_client_may_end_while_its_mail_is_out() -> None:
     assert conversation.next_action() is None
     conversation.delivered("250 OK")
     whole = outcome(pull(conversation))
-    assert (whole.codes, whole.others) == ([250, 252], [Close()])
+    assert (whole.codes, whole.others) == ([250, 252], [Control.CLOSE])
 
 
 LINES = ["EHLO", "NOOP x", "RSET", "VRFY x", "HELP", "X", "", "STARTTLS", "QUIT", "*", USER]
@@ -822,7 +822,7 @@ class Sessions(RuleBasedStateMachine):
             (mail.reverse_path.address, [path.address for path in mail.forward_paths], mail.content)
             for mail in whole.mails
         ]
-        assert whole.others.count(Close()) == bool({221, 502}.intersection(codes))
+        assert whole.others.count(Control.CLOSE) == bool({221, 502}.intersection(codes))
         known = (self.conversation.host_name, self.conversation.extended, self.conversation.user)
         assert known == (self.model.name, self.model.extended, self.model.user)
 
@@ -851,7 +851,7 @@ def test_what_comes_between_the_reply_to_starttls_and_the_handshake_is_dropped()
     conversation.receive(b"STARTTLS\r\n")
     assert conversation.next_action() == Reply(b"220 Ready to start TLS\r\n")
     conversation.receive(b"EHLO evil\r\n")
-    assert conversation.next_action() == BeginTLS()
+    assert conversation.next_action() == Control.BEGIN_TLS
     conversation.receive(b"EHLO evil\r\n")
     conversation.tls_begun()
     assert conversation.next_action() is None
