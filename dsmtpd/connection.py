@@ -40,13 +40,14 @@ _LATE = "it takes too long; perhaps the client speaks plain text"
 
 
 class Service:
-    """What connections share: the handler, the offer, TLS, the writes of a turn, deliveries.
+    """What connections share: the handler, the offer, TLS, and the writes of a turn.
 
     *handler* has a coroutine method `handle_DATA(server, session, envelope)` that returns the
     reply to a mail, as aiosmtpd defines it, and perhaps `handle_exception(error)`. *options* say
     what to offer.
 
     *ca*: the certificate in PEM of the CA that clients may trust, if it has been made for TLS.
+    *clients*: the connections that are open, or that have a delivery under way.
     *input*: the buffer for what arrives.
     """
 
@@ -65,7 +66,6 @@ class Service:
         )
         self.input = bytearray(_INPUT_OCTETS)
         self.clients: set[Connection] = set()
-        self.deliveries: set[asyncio.Task[None]] = set()
         self._outbox: list[Connection] = []
 
     def post(self, client: Connection) -> None:
@@ -89,8 +89,6 @@ class Service:
     async def hang_up(self) -> None:
         """End all sessions, and wait for the deliveries that have begun."""
         await asyncio.gather(*(client.hang_up() for client in self.clients))
-        if self.deliveries:
-            await asyncio.wait(self.deliveries)
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -155,8 +153,9 @@ class Connection(asyncio.BufferedProtocol):
         self._clock = self._turn = None
         self._conversation.lost()
         self._proceed()
-        self._service.clients.discard(self)
         self._transport = self._tls = None
+        if self._delivery is None:
+            self._service.clients.discard(self)
 
     def pause_writing(self) -> None:
         """Wait for a client that does not read."""
@@ -223,9 +222,6 @@ class Connection(asyncio.BufferedProtocol):
             self._replies += action.octets
         elif isinstance(action, Mail):
             self._delivery = self._loop.create_task(self._deliver(action))
-            # It is kept until it is done, whether or not the client stays.
-            self._service.deliveries.add(self._delivery)
-            self._delivery.add_done_callback(self._service.deliveries.discard)
         elif isinstance(action, Report):
             self._report(action)
         elif action is Control.BEGIN_TLS:
@@ -260,6 +256,8 @@ class Connection(asyncio.BufferedProtocol):
                 log.error("%s", printable(f"Internal error: {error!r}, then {another!r}"))
         finally:
             self._delivery = None
+            if self._transport is None:
+                self._service.clients.discard(self)
             self._heard = self._loop.time()
             self._conversation.delivered(reply)
             # Also to a client on which the server is about to hang up.

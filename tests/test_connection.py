@@ -291,10 +291,11 @@ def test_the_server_waits_for_the_delivery_of_a_client_that_vanishes(*, stops_fi
         if stops_first:
             wire.socket.close()
             await turns(6)
-        assert wire.session not in wire.service.clients
+        assert wire.transport.is_closing()
         assert not ending.done()
         gate.set()
         await ending
+        assert wire.session not in wire.service.clients
         assert handler.contents == [b""]
 
     asyncio.run(run())
