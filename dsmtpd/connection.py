@@ -185,12 +185,8 @@ class Connection(asyncio.BufferedProtocol):
     def _receive(self, octets: int) -> None:
         if self._tls is None:
             self._conversation.receive(self._service.input, octets)
-            return
-        layer = self._tls
-        if plain := self._decrypt(layer, bytes(self._service.input[:octets])):
+        elif plain := self._decrypt(self._tls, bytes(self._service.input[:octets])):
             self._conversation.receive(plain)
-        if layer.ended:
-            self._conversation.receive_eof()
 
     def _act(self) -> None:
         """Do a few things; leave more of them to another turn."""
@@ -300,6 +296,8 @@ class Connection(asyncio.BufferedProtocol):
             self._session.peer = peer
             self._session.ssl = {"cipher": layer.cipher}
             self._conversation.tls_begun()
+        if layer.ended:
+            self._conversation.receive_eof()
         return plain
 
     def _fail(self, reason: str) -> None:

@@ -43,6 +43,14 @@ def test_a_record_is_a_line_with_the_time_and_the_level(
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO: Hello, é\n", line)
 
 
+def test_a_record_has_the_time_that_logging_gives_it() -> None:
+    ours, theirs = logs.Formatter(logs.FORMAT), logging.Formatter(logs.FORMAT)
+    for seconds in (0, 0.9996, 1, 1, 15_897_600.5, 1):
+        made = record("x")
+        made.created, made.msecs = seconds, seconds % 1 * 1000
+        assert ours.format(made) == theirs.format(made)
+
+
 def test_asyncio_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with root():
         logs.configure()
