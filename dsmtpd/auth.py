@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import re
 from base64 import b64decode
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 # RFC 4954, section 4: the longest line of an exchange, the command's included.
 LINE_OCTETS = 12288
+
+
+# The digest is in hexadecimal; whatever else comes may be a password.
+_CRAM_MD5 = re.compile(rb"([^\0]*) [0-9A-Fa-f]{32}")
+
+# RFC 5801, section 4: of a GS2 header, the authorization identity.
+_GS2_HEADER = re.compile(rb"[ny],(?:a=([^,]*))?,")
+
+# Who logs in without a name.
+_NOBODY = "(no name)"
 
 
 class AuthError(Exception):
@@ -40,11 +51,41 @@ def _login() -> Exchange:
     return _text(name)
 
 
+def _cram_md5() -> Exchange:
+    """Ask for the name, and a digest of the challenge and the password (RFC 2195, section 2)."""
+    match = _CRAM_MD5.fullmatch((yield b"<1.1@dsmtpd>"))
+    if match is None:
+        raise AuthError("501 5.5.2 CRAM-MD5 takes a name and a digest")
+    return _text(match[1])
+
+
+def _oauthbearer() -> Exchange:
+    """Ask for the name, if there is one, and a token (RFC 7628, section 3.1)."""
+    header = _GS2_HEADER.match((yield b""))
+    if header is None:
+        raise AuthError("501 5.5.2 OAUTHBEARER takes a GS2 header and a token")
+    return _text((header[1] or b"").replace(b"=2C", b",").replace(b"=3D", b"="))
+
+
+def _xoauth2() -> Exchange:
+    """Ask for the name and a token, as Google does."""
+    fields = (yield b"").split(b"\1")
+    return next((_text(field[5:]) for field in fields if field.startswith(b"user=")), _NOBODY)
+
+
 def _text(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace") or _NOBODY
 
 
-MECHANISMS: dict[str, Callable[[], Exchange]] = {"PLAIN": _plain, "LOGIN": _login}
+MECHANISMS: dict[str, Callable[[], Exchange]] = {
+    "PLAIN": _plain,
+    "LOGIN": _login,
+    "OAUTHBEARER": _oauthbearer,
+    "XOAUTH2": _xoauth2,
+    "CRAM-MD5": _cram_md5,
+}
+# smtplib would prefer CRAM-MD5, and a client without a token chooses neither of OAuth's.
+OFFERED = ("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2")
 
 
 def decode(response: bytes) -> bytes:
@@ -57,6 +98,7 @@ def decode(response: bytes) -> bytes:
     if response == b"*":
         raise AuthError("501 5.7.0 Authentication cancelled")
     try:
-        return b"" if response == b"=" else b64decode(response, validate=True)
+        response = response.rstrip(b"=")
+        return b64decode(response + b"=" * (-len(response) % 4), validate=True)
     except binascii.Error:
         raise AuthError("501 5.5.2 Cannot decode base64") from None

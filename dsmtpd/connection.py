@@ -109,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = 0.0  # when the client was last heard of
         self._is_blocked = False  # The client does not read.
         self._is_full = False  # We do not read.
-        self._is_ending = False  # The server stops.
+        self._is_ending = False  # We end the session: the server stops, or has failed.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet the client."""
@@ -151,6 +151,7 @@ class Connection(asyncio.BufferedProtocol):
                 handle.cancel()
         # Nothing is to stay alive until the next garbage collection.
         self._clock = self._turn = None
+        self._is_blocked = False
         self._conversation.lost()
         self._proceed()
         self._transport = self._tls = None
@@ -178,6 +179,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._turn is None:
                 self._act()
         except Exception as error:  # noqa: BLE001  # the rest of a mail must not become commands
+            self._is_ending = True
             self._conversation.lost()  # which frees what a mail has taken
             log.error("%s", printable(f"Internal error: {error!r}"))
             self._cut("421 4.3.0 Internal error")
@@ -237,7 +239,7 @@ class Connection(asyncio.BufferedProtocol):
         envelope.rcpt_options = [option for path in mail.forward_paths for option in path.options]
         envelope.content = envelope.original_content = mail.content
         self._session.host_name = self._conversation.host_name
-        self._session.extended_smtp = self._conversation.extended
+        self._session.extended_smtp = bool(self._conversation.extended)
         if self._conversation.user is not None:
             self._session.authenticated = True
             self._session.auth_data = self._conversation.user  # type: ignore[assignment]  # any
@@ -352,4 +354,5 @@ class Connection(asyncio.BufferedProtocol):
         if patience > 0:
             self._set_clock(patience)
         else:
+            self._conversation.lost(f"The client has sent nothing for {_PATIENCE} s")
             self._cut("421 4.4.2 Nothing has come for too long")

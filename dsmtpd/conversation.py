@@ -24,10 +24,9 @@ _DOT = _END_OF_DATA[:3]
 # As in aiosmtpd: a client that sends more does not speak SMTP.
 _UNKNOWN_COMMANDS = 5
 
-# RFC 5321, section 4.5.3.1.4, asks for 512 octets at least; AUTH may come with a long response,
-# whose length `auth` judges.
-_COMMAND_OCTETS = 1001
-_LINE_OCTETS = _COMMAND_OCTETS + auth.LINE_OCTETS
+# Without its CRLF. Other servers need not take more than 512 octets (RFC 5321, section 4.5.3.1.4).
+_LINE_OCTETS = auth.LINE_OCTETS
+_USUAL_OCTETS = 512 - len(b"\r\n")
 
 # RFC 5321, section 4.5.3.1.10, asks for 100 at least; and the octets of them all.
 _RECIPIENTS = 10_000
@@ -38,9 +37,30 @@ _ENVELOPE_OCTETS = 1024 * 1024
 _SMALL = 1024 * 1024
 _ROOM = 33 * _SMALL
 
-# Commands without an argument, and the arguments of those that are nothing without one.
+# Commands without an argument, and those that are nothing without one.
 _BARE = {b"DATA", b"QUIT", b"RSET", b"STARTTLS"}
-_ARGUMENTS = {b"EHLO": "hostname", b"HELO": "hostname", b"VRFY": "<address>"}
+_ARGUMENTS = {b"VRFY": "<address>"}
+
+# How many warnings a connection gets until its next mail, and how long a command may be to be
+# shown in one although it is unknown.
+_WARNINGS = 20
+_SHOWN_LETTERS = 12
+
+# What else than SMTP a client may speak, by its first octets (RFC 8446, section 5.1; RFC 9112,
+# section 3; the PROXY protocol, sections 2.1 and 2.2; RFC 2033, section 4.1).
+_STRANGER = re.compile(
+    rb"(?P<TLS>\x16\x03)|(?P<HTTP>[A-Z]+ \S+ HTTP/[0-9])"
+    rb"|(?P<PROXY>PROXY (?:TCP[46]|UNKNOWN)|\r\n\r\n\0\r\nQUIT\n)|(?P<LMTP>(?i:LHLO)\s)"
+)
+_STRANGERS = {
+    "TLS": "TLS: start dsmtpd with --tls implicit",
+    "HTTP": "HTTP",
+    "PROXY": "the PROXY protocol",
+    "LMTP": "LMTP",
+}
+
+# RFC 4422, section 3.1.
+_MECHANISM = re.compile("[A-Za-z0-9_-]{1,20}")
 
 # RFC 1870, section 4.
 _SIZE = re.compile(r"[0-9]{1,20}")
@@ -128,7 +148,11 @@ class _Transaction:
         self.forward_paths: list[Path] = []
         self.octets = 0  # of all forward-paths, with their parameters
         self.content = _Content(limit)
-        self.reported: set[str] = set()
+
+    def __str__(self) -> str:
+        addresses = [path.address for path in self.forward_paths]
+        more = f" and {len(addresses) - 1:,} more" if len(addresses) > 1 else ""
+        return f"from {self.reverse_path.address} for {addresses[0]}{more}"
 
 
 class _Content:
@@ -141,6 +165,9 @@ class _Content:
     def __init__(self, limit: int) -> None:
         """Accept up to *limit* octets, or any number if that is 0."""
         self.is_too_large = False
+        self.arrived = 0  # in octets, with all that does not count
+        self.seems_endless = False  # The client seems to end it by LF, dot, LF.
+        self._last = b"\n"  # three octets
         self._limit = limit or maxsize
         self._bound = min(self._limit, _SMALL)
         self._octets = BytesIO()
@@ -154,6 +181,12 @@ class _Content:
 
     def feed(self, octets: bytes | bytearray, first: int, end: int) -> int:
         """Read *octets* between two indices; return the index after what belongs to the mail."""
+        self.arrived += end - first
+        self._last = (self._last + octets[max(first, end - 3) : end])[-3:]
+        if self._last == b"\n.\n" or (
+            octets.find(b"\r\n", first, end) < 0 <= octets.find(b"\n.\n", first, end)
+        ):
+            self.seems_endless = True
         begin = self._match_on(octets, first, end) if self._matched else first
         if self.is_complete or begin == end:
             return begin
@@ -219,7 +252,7 @@ class Conversation:
     it is how to wait. It never raises for anything that a client does.
 
     *host_name*: what the client calls itself; empty before HELO or EHLO.
-    *extended*: whether it said EHLO.
+    *extended*: whether it said EHLO; None before that.
     *user*: who has logged in, or None.
     """
 
@@ -232,7 +265,7 @@ class Conversation:
         self._ended = False  # The client has closed its half.
         self._encrypted = False
         self._mute = False  # The client has said nothing since the handshake.
-        self._unknown_commands = 0
+        self._warnings = self._unknown_commands = 0  # since the last mail
         self._forget()
         if offer.tls == "implicit":
             self._state = _HANDSHAKE
@@ -243,8 +276,10 @@ class Conversation:
     def _forget(self) -> None:
         """Know nothing of the client, as at the beginning and after STARTTLS."""
         self._state = _COMMAND
+        self._is_new = True  # The client has said nothing yet.
+        self._verb = b""  # of the last command that is known
         self.host_name = ""
-        self.extended = False
+        self.extended: bool | None = None
         self.user: str | None = None
         self._exchange: auth.Exchange | None = None
         self._mechanism = ""
@@ -277,19 +312,25 @@ class Conversation:
         """Learn that the client sends nothing more; it may still read."""
         self._ended = True
 
-    def lost(self) -> None:
-        """Learn that the connection is gone: carry out nothing more, and keep nothing."""
-        self._actions.clear()
-        self._end()
+    def lost(self, reason: str = "") -> None:
+        """Learn that the connection is gone, for a *reason*: only reports are left to be done."""
+        self._actions = deque(action for action in self._actions if isinstance(action, Report))
+        self._end(reason)
 
     def _close(self) -> None:
         self._end()
         self._actions.append(Control.CLOSE)
 
-    def _end(self) -> None:
+    def _end(self, reason: str = "") -> None:
         if self._mute:
             text = "The client left after the TLS handshake without a word"
-            self._actions.append(Report(f"{text}; perhaps it does not trust the certificate"))
+            self._warn(f"{text}; perhaps it does not trust the certificate")
+        if self._arriving is not None:
+            where = f"in the middle of a mail {self._arriving}"
+            arrived = f"of which {self._arriving.content.arrived:,} octets had come"
+            reason = f"{reason or 'The client left'} {where}, {arrived}"
+        if reason:
+            self._warn(reason)
         self._mute = False
         self._state = _OVER
         self._buffer, self._begin = b"", 0
@@ -306,6 +347,7 @@ class Conversation:
         """Learn the *reply* to the mail that was out for delivery; 421 ends the session."""
         if self._state is _DELIVERY:
             self._state = _COMMAND
+            self._warnings = self._unknown_commands = 0
             self._answer(reply)
             if reply.startswith("421"):
                 self._close()
@@ -314,6 +356,10 @@ class Conversation:
         """Return the next thing to do, or None when it takes more octets, a delivery or TLS."""
         while not self._actions:
             if self._state is _COMMAND or self._state is _RESPONSE:
+                if self._is_new and (stranger := _STRANGER.match(self._buffer)):
+                    self._warn(f"The client speaks {_STRANGERS[str(stranger.lastgroup)]}")
+                    self._close()
+                    continue
                 end = self._buffer.find(b"\n", self._begin)
                 if end >= 0:
                     line = self._buffer[self._begin : end].rstrip(b"\r\n")
@@ -333,24 +379,61 @@ class Conversation:
 
     def _read(self, line: bytes) -> None:
         """Carry out and answer a *line*."""
+        self._is_new = False
+        exchange = self._exchange
         try:
-            if self._exchange is None:
+            if exchange is None:
                 self._carry_out(line)
             else:
-                self._respond(self._exchange, line)
+                self._respond(exchange, line)
         except (_Refusal, auth.AuthError) as refusal:
+            said = (
+                self._quoted(line) if exchange is None else f"A response to AUTH {self._mechanism}"
+            )
+            self._warn(f"{said} was refused: {refusal}")
             self._answer(str(refusal))
+            if self._unknown_commands >= _UNKNOWN_COMMANDS:
+                self._close()
+
+    def _quoted(self, line: bytes) -> str:
+        """Return what a *line* that is refused says, but nothing that may be a password.
+
+        That may come where a response was refused, or instead of a command.
+        """
+        if len(line) > _LINE_OCTETS:
+            return f"A line of more than {_LINE_OCTETS:,} octets"
+        verb, _, argument = line.partition(b" ")
+        verb = verb.upper()
+        if verb == b"AUTH":
+            name = argument.strip().partition(b" ")[0].decode("utf-8", "replace")
+            return f"AUTH {name}" if _MECHANISM.fullmatch(name) else "AUTH"
+        if verb in self._COMMANDS:
+            return line.decode("utf-8", "surrogateescape")
+        may_be_secret = self._verb == b"AUTH" and self.user is None
+        if may_be_secret or not verb.isalpha() or len(verb) > _SHOWN_LETTERS:
+            return f"A line of {len(line):,} octets"
+        return verb.decode()
+
+    def _warn(self, text: str) -> None:
+        """Report *text*, unless there have been many such reports since the last mail."""
+        self._warnings += 1
+        if self._warnings == _WARNINGS + 1:
+            text = "Further warnings are not shown until the next mail of this client"
+        if self._warnings <= _WARNINGS + 1:
+            self._actions.append(Report(text))
 
     def _carry_out(self, line: bytes) -> None:
         """Carry out and answer a command (RFC 5321, section 4.1.1)."""
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
-        if len(line) > _COMMAND_OCTETS and verb != b"AUTH":
-            raise _Refusal("500 Command line too long")
+        if len(line) > _LINE_OCTETS:
+            raise _Refusal("500 5.5.6 The line is too long")
         command = self._COMMANDS.get(verb)
         if command is None:
-            self._refuse_unknown(verb)
-            return
+            raise self._unknown(verb)
+        self._verb = verb
+        if len(line) > _USUAL_OCTETS and verb != b"AUTH":
+            self._warn(f"Other servers may refuse this: a line of {len(line) + 2:,} octets")
         try:
             text = argument.strip().decode(*self._encoding)
         except UnicodeDecodeError:
@@ -362,23 +445,28 @@ class Conversation:
     def _answer(self, reply: str) -> None:
         self._actions.append(Reply(f"{reply}\r\n".encode("utf-8", "backslashreplace")))
 
-    def _refuse_unknown(self, verb: bytes) -> None:
+    def _unknown(self, verb: bytes) -> _Refusal:
+        """Return the refusal of a command that is unknown; one of many ends the session."""
         if not verb.isalpha():
-            raise _Refusal("500 Error: bad syntax")
+            return _Refusal("500 Error: bad syntax")
         self._unknown_commands += 1
         if self._unknown_commands < _UNKNOWN_COMMANDS:
-            raise _Refusal(f'500 Error: command "{verb.decode()}" not recognized')
-        self._answer("502 5.5.1 Too many unrecognized commands, goodbye.")
-        self._close()
+            return _Refusal("500 5.5.2 Error: command not recognized")
+        return _Refusal("421 4.7.0 Too many unrecognized commands")
+
+    def _greeted(self, verb: str, host_name: str, *, extended: bool) -> None:
+        self._transaction, self.host_name, self.extended = None, host_name, extended
+        if not host_name:
+            self._warn(f"Other servers may refuse this: {verb} without a name")
 
     def _helo(self, host_name: str) -> None:
         """Begin without extensions (RFC 5321, section 4.1.1.1)."""
-        self._transaction, self.host_name, self.extended = None, host_name, False
+        self._greeted("HELO", host_name, extended=False)
         self._answer(f"250 {self._offer.hostname}")
 
     def _ehlo(self, host_name: str) -> None:
         """Offer our extensions (RFC 5321, section 4.1.1.1)."""
-        self._transaction, self.host_name, self.extended = None, host_name, True
+        self._greeted("EHLO", host_name, extended=True)
         # Without a limit it is SIZE 0 (RFC 1870, section 4).
         extensions = [f"SIZE {self._offer.max_size}", "8BITMIME", "PIPELINING"]
         if self._offer.smtputf8:
@@ -386,7 +474,7 @@ class Conversation:
         if self._can_begin_tls:
             extensions.append("STARTTLS")
         if self._offer.auth:
-            extensions.append(f"AUTH {' '.join(auth.MECHANISMS)}")
+            extensions.append(f"AUTH {' '.join(auth.OFFERED)}")
         lines = [self._offer.hostname, *extensions]
         self._answer("\r\n".join([*(f"250-{line}" for line in lines), "250 HELP"]))
 
@@ -399,11 +487,11 @@ class Conversation:
         if self._encrypted:
             raise _Refusal("503 5.5.1 TLS is active already")
         if not self._can_begin_tls:
-            raise _Refusal("454 4.7.0 TLS not available")
+            raise _Refusal("502 5.5.1 STARTTLS is not offered")
         if self.unread:
             # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
             text = "What was sent after STARTTLS, without waiting for the reply, is dropped"
-            self._actions.append(Report(text))
+            self._warn(text)
             self._buffer, self._begin = b"", 0
         self._answer("220 Ready to start TLS")
         self._state = _HANDSHAKE
@@ -413,7 +501,7 @@ class Conversation:
         """Accept any credentials (RFC 4954, section 4)."""
         if not self._offer.auth:
             raise _Refusal("502 5.5.1 AUTH is disabled")
-        if not self.host_name:
+        if self.extended is None:
             raise _Refusal("503 Error: send EHLO first")
         if self.user is not None or self._transaction:
             raise _Refusal("503 5.5.1 Error: AUTH comes once, and before MAIL")
@@ -449,13 +537,15 @@ class Conversation:
 
     def _mail(self, argument: str) -> None:
         """Begin a mail with its reverse-path (RFC 5321, section 4.1.1.2)."""
-        if not self.host_name:
+        if self.extended is None:
             raise _Refusal("503 Error: send HELO first")
         if self._transaction:
             raise _Refusal("503 Error: nested MAIL command")
         path = parse("FROM", argument)
         if path is None:
             raise _Refusal("501 Syntax: MAIL FROM:<address>")
+        if "SMTPUTF8" in path.parameters and not self._offer.smtputf8:
+            raise _Refusal("555 5.5.4 SMTPUTF8 is disabled")
         transaction = _Transaction(path, self._offer.max_size)
         self._report("MAIL", argument, path, transaction)
         size = path.parameters.get("SIZE", "")
@@ -480,7 +570,7 @@ class Conversation:
         self._answer("250 OK")
 
     def _report(self, verb: str, argument: str, path: Path, transaction: _Transaction) -> None:
-        """Report what other servers may refuse in a command, each fault once in a transaction."""
+        """Report what other servers may refuse in a command."""
         if not path.parameters and not path.faults and path.address.isascii():
             return  # as most are
         faults = [*path.faults]
@@ -490,17 +580,16 @@ class Conversation:
         parameters = transaction.reverse_path.parameters
         if not path.address.isascii() and "SMTPUTF8" not in parameters:
             faults.append("an address beyond ASCII without SMTPUTF8")
-        if news := [fault for fault in faults if fault not in transaction.reported]:
-            transaction.reported.update(news)
-            text = f"Other servers may refuse this: {', '.join(news)} in {verb} {argument}"
-            self._actions.append(Report(text))
+        if faults:
+            text = f"Other servers may refuse this: {', '.join(faults)} in {verb} {argument}"
+            self._warn(text)
 
     def _offers(self, keyword: str, value: str) -> bool:
         """Tell whether a parameter of MAIL is offered, and may have this *value*."""
         offered = {
             "SIZE": bool(_SIZE.fullmatch(value)),
             "BODY": value.upper() in {"7BIT", "8BITMIME"},  # RFC 6152, section 2
-            "SMTPUTF8": self._offer.smtputf8 and not value,  # RFC 6531, section 3.4
+            "SMTPUTF8": not value,  # RFC 6531, section 3.4
             "AUTH": self._offer.auth and value != "",  # RFC 4954, section 5
         }
         return offered.get(keyword, False)
@@ -521,16 +610,21 @@ class Conversation:
     ) -> int:
         """Read more of a mail; return the index in *octets* after what belongs to it."""
         content = transaction.content
+        seemed_endless = content.seems_endless
         begin = content.feed(octets, begin, end)
         if content.is_complete:
             self._arriving = None
             if content.is_too_large:
                 self._state = _COMMAND
+                self._warn(f"The mail {transaction} was refused: 552 Error: Too much mail data")
                 self._answer("552 Error: Too much mail data")
             else:
                 self._state = _DELIVERY
                 paths = tuple(transaction.forward_paths)
                 self._actions.append(Mail(transaction.reverse_path, paths, content.octets()))
+        elif content.seems_endless and not seemed_endless:
+            text = "The client ends lines with LF alone, without CR, and so never ends its mail"
+            self._warn(f"{text} {transaction}")
         return begin
 
     def _rset(self, _argument: str) -> None:

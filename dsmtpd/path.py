@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ _UNDERSTOOD = re.compile(rf"(?:{_BRACKETS}|<(\S+)|{_BARE})(.*)", re.DOTALL)
 # RFC 5321, sections 4.5.3.1.1 and 4.5.3.1.3. The angle brackets count.
 _LOCAL_PART_OCTETS = 64
 _PATH_OCTETS = 256
+
+# RFC 1035, section 2.3.4.
+_LABEL_OCTETS = 63
+
+_MALFORMED = "a malformed address"
 
 
 class Path(NamedTuple):
@@ -72,9 +78,18 @@ def parse(keyword: str, argument: str) -> Path | None:
         return None
     if word[-1].isspace():
         faults.append("a space before the colon")
+    if address.lower() == "postmaster" and keyword == "FROM":
+        faults.append("an address without a domain")
+    if not address.strip() and keyword == "TO":
+        faults.append("no address")
     if len(address) > _LOCAL_PART_OCTETS or not address.isascii():
         faults += _excesses(address)
-    return Path(address.strip() or "<>", _parameters(rest) if rest else {}, faults)
+    if _MALFORMED not in faults:
+        faults += _domain_faults(address.rpartition("@")[2])
+    parameters = _parameters(rest) if rest else {}
+    words = [word.partition("=")[0].upper() for word in rest.split()]
+    faults += (f"{name} twice" for name in parameters if words.count(name) > 1)
+    return Path(address.strip() or "<>", parameters, faults)
 
 
 def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[str]:
@@ -84,7 +99,7 @@ def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[s
     if not brackets:
         yield "missing angle brackets"
     if not _WELL_FORMED.fullmatch(f"<{address}>"):
-        yield "a malformed address"
+        yield _MALFORMED
     if rest and not rest[0].isspace():
         yield "a missing space behind the path"
 
@@ -97,6 +112,25 @@ def _excesses(address: str) -> Iterator[str]:
         yield f"a local part of more than {_LOCAL_PART_OCTETS} octets"
     if len(octets) + len("<>") > _PATH_OCTETS:
         yield f"a path of more than {_PATH_OCTETS} octets"
+
+
+def _domain_faults(domain: str) -> Iterator[str]:
+    """Yield what is wrong with *domain*, which may be an address literal (RFC 5321, 4.1.3)."""
+    if domain.startswith("["):
+        host = domain[1:-1]
+        try:
+            if host.upper().startswith("IPV6:"):
+                IPv6Address(host[5:])
+            else:
+                IPv4Address(host)
+        except ValueError:
+            yield "a malformed address literal"
+        return
+    labels = domain.split(".")
+    if any(len(label) > _LABEL_OCTETS for label in labels):
+        yield f"a label of more than {_LABEL_OCTETS} octets"
+    if any(label.startswith("-") or label.endswith("-") for label in labels):
+        yield "a label with a hyphen at its end"
 
 
 def _parameters(text: str) -> dict[str, str]:

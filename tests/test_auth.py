@@ -23,7 +23,7 @@ def log_in(mechanism: str, *responses: bytes) -> tuple[list[bytes], str]:
         (b"admin\0app\0secret", "app"),
         ("\0café\0sésame".encode(), "café"),
         (b"\0\xff\0secret", r"\xff"),
-        (b"\0\0", ""),
+        (b"\0\0", "(no name)"),
     ],
 )
 def test_plain_asks_for_all_at_once(response: bytes, user: str) -> None:
@@ -40,7 +40,7 @@ def test_plain_wants_three_values(response: bytes) -> None:
 
 def test_login_asks_for_the_name_and_then_for_the_password() -> None:
     assert log_in("LOGIN", b"app", b"secret") == ([b"Username:", b"Password:"], "app")
-    assert log_in("LOGIN", b"", b"") == ([b"Username:", b"Password:"], "")
+    assert log_in("LOGIN", b"", b"") == ([b"Username:", b"Password:"], "(no name)")
     assert log_in("LOGIN", b"\xff", b"secret")[1] == r"\xff"
 
 
@@ -52,11 +52,54 @@ def test_login_takes_no_response_of_plain_for_a_name() -> None:
         exchange.send(b"")
 
 
+DIGEST = b"b913a602c7eda7a495b4e6e7334d3890"
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "challenge", "response", "user"),
+    [
+        ("CRAM-MD5", b"<1.1@dsmtpd>", b"tim " + DIGEST, "tim"),
+        ("CRAM-MD5", b"<1.1@dsmtpd>", b"tim tom " + DIGEST.upper(), "tim tom"),
+        ("CRAM-MD5", b"<1.1@dsmtpd>", b" " + DIGEST, "(no name)"),
+        ("XOAUTH2", b"", b"user=a@x\1auth=Bearer token\1\1", "a@x"),
+        ("XOAUTH2", b"", b"auth=Bearer token\1user=\xc3\xa9@x\1\1", "é@x"),
+        ("XOAUTH2", b"", b"auth=Bearer token\1\1", "(no name)"),
+        ("XOAUTH2", b"", b"user=\1auth=Bearer token\1\1", "(no name)"),
+        ("OAUTHBEARER", b"", b"n,a=a@x,\1host=h\1port=25\1auth=Bearer token\1\1", "a@x"),
+        ("OAUTHBEARER", b"", b"n,a=a=2Cb=3Dc@x,\1auth=Bearer token\1\1", "a,b=c@x"),
+        ("OAUTHBEARER", b"", b"y,,\1auth=Bearer token\1\1", "(no name)"),
+    ],
+)
+def test_the_other_mechanisms_ask_for_all_at_once(
+    mechanism: str, challenge: bytes, response: bytes, user: str
+) -> None:
+    assert log_in(mechanism, response) == ([challenge], user)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "response"),
+    [
+        ("CRAM-MD5", b""),
+        ("CRAM-MD5", b"\0app\0secret word"),
+        ("CRAM-MD5", b"\0app " + DIGEST),
+        ("OAUTHBEARER", b""),
+        ("OAUTHBEARER", b"user=a@x\1auth=Bearer token\1\1"),
+    ],
+)
+def test_the_other_mechanisms_take_nothing_else(mechanism: str, response: bytes) -> None:
+    exchange = MECHANISMS[mechanism]()
+    next(exchange)
+    with pytest.raises(AuthError, match=rf"^501 5\.5\.2 {mechanism} takes "):
+        exchange.send(response)
+
+
 @pytest.mark.parametrize(
     ("response", "octets"),
     [
         (b"c2VjcmV0", b"secret"),
         (b"YQ==", b"a"),
+        (b"YQ=", b"a"),
+        (b"YQ", b"a"),
         (b"", b""),
         (b"=", b""),
         (b64encode(bytes(9216)), bytes(9216)),
@@ -70,8 +113,7 @@ def test_a_response_is_decoded(response: bytes, octets: bytes) -> None:
     ("response", "code"),
     [
         (b"*", "501 5.7.0"),
-        (b"YQ", "501 5.5.2"),
-        (b"YQ=", "501 5.5.2"),
+        (b"Y", "501 5.5.2"),
         (b"Y===", "501 5.5.2"),
         (b"YQ==YQ==", "501 5.5.2"),
         (b"Y Q==", "501 5.5.2"),

@@ -190,7 +190,9 @@ def clock() -> Iterator[Clock]:
     loop.close()
 
 
-def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(clock: Clock) -> None:
+def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     handler = Handler()
 
     async def run() -> list[bytes]:
@@ -211,6 +213,40 @@ def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(clock: C
     replies = clock.run_until_complete(run())
     assert codes(replies) == [220, 250, 250, 250, 354, 250, 250, 250, 354, 421]
     assert handler.contents == [b"slowly\r\n"]
+    where = "in the middle of a mail from a@x for b@x, of which 5 octets had come"
+    assert troubles(caplog) == [("WARNING", f": The client has sent nothing for 300 s {where}")]
+
+
+@pytest.mark.parametrize("said", [b"", b"HELO x\r\n" + BEGIN + b"half"])
+def test_the_server_that_stops_is_no_loss_of_the_client(
+    said: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> list[bytes]:
+        wire = Wire(Handler())
+        await wire.open()
+        await wire.send(said)
+        await wire.service.hang_up()
+        return await wire.replies()
+
+    assert codes(asyncio.run(run()))[-1] == 421
+    assert troubles(caplog) == []
+
+
+def test_a_warning_is_told_of_a_client_that_does_not_read(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        wire = Wire(Handler())
+        wire.hold_little()
+        await wire.open()
+        await wire.fill(HELP * 100, MOST)
+        clock.ahead += 301
+        await turns(6)
+        assert wire.session not in wire.service.clients
+        wire.socket.close()
+
+    clock.run_until_complete(run())
+    assert troubles(caplog) == [("WARNING", ": The client has sent nothing for 300 s")]
 
 
 @pytest.mark.parametrize(

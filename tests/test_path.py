@@ -20,11 +20,11 @@ WELL_FORMED = [
     '"a>b, (c) \\" @"@example.com',
     '""@example.com',
     "@relay.example.org,@[192.0.2.1]:a@example.com",
-    "postmaster",
-    "Postmaster",
+    "a@x-y.example.com",
+    "a@1.example.com",
     "用户@例え.jp",
     "a\u0301@example.com",
-    "l" * 64 + "@" + "d" * 189,
+    f"{'l' * 64}@{'d' * 62}.{'d' * 63}.{'d' * 62}",
 ]
 
 # Each with what is understood of it.
@@ -59,7 +59,12 @@ MALFORMED = {
     **{address: address for address in (f"a{c}b@example.com" for c in ")(<,;:\\[]\x7f\x85\xa0")},
 }
 
+LONGEST = ".".join(["d" * 63] * 3)
+
 ADDRESS = "a malformed address"
+LITERAL = "a malformed address literal"
+LABEL = "a label of more than 63 octets"
+HYPHEN = "a label with a hyphen at its end"
 BRACKETS = "missing angle brackets"
 COLON = "a space after the colon"
 LOCAL_PART = "a local part of more than 64 octets"
@@ -72,8 +77,16 @@ def test_a_well_formed_path_is_taken_as_it_was_sent(keyword: str, address: str) 
     assert parse("FROM", f"{keyword}:<{address}>") == (address, {}, [])
 
 
-def test_the_null_path_has_a_form_of_its_own() -> None:
+def test_the_null_path_has_a_form_of_its_own_and_is_for_mail() -> None:
     assert parse("FROM", "FROM:<>") == ("<>", {}, [])
+    assert parse("TO", "TO:<>") == ("<>", {}, ["no address"])
+    assert parse("TO", "TO:< >") == ("<>", {}, [ADDRESS, "no address"])
+
+
+def test_a_bare_postmaster_is_for_rcpt() -> None:
+    for address in ("postmaster", "Postmaster"):
+        assert parse("TO", f"TO:<{address}>") == (address, {}, [])
+        assert parse("FROM", f"FROM:<{address}>") == (address, {}, ["an address without a domain"])
 
 
 @pytest.mark.parametrize(("sent", "address"), MALFORMED.items())
@@ -102,8 +115,15 @@ def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
         (f"FROM:<{'l' * 65}@x>", f"{'l' * 65}@x", [LOCAL_PART]),
         (f"FROM:<{'é' * 33}@x>", f"{'é' * 33}@x", [LOCAL_PART]),
         (f'FROM:<"{"l" * 31}@{"l" * 31}"@x>', f'"{"l" * 31}@{"l" * 31}"@x', [LOCAL_PART]),
-        (f"FROM:<l@{'d' * 253}>", f"l@{'d' * 253}", [PATH]),
-        (f"FROM:<{'l' * 150}@{'d' * 149}>", f"{'l' * 150}@{'d' * 149}", [LOCAL_PART, PATH]),
+        (f"FROM:<l@{LONGEST}.{'d' * 61}>", f"l@{LONGEST}.{'d' * 61}", [PATH]),
+        (f"FROM:<{'l' * 150}@{LONGEST}>", f"{'l' * 150}@{LONGEST}", [LOCAL_PART, PATH]),
+        (f"FROM:<a@{'d' * 64}.x>", f"a@{'d' * 64}.x", [LABEL]),
+        ("FROM:<a@-x.y>", "a@-x.y", [HYPHEN]),
+        ("FROM:<a@x-.y>", "a@x-.y", [HYPHEN]),
+        ("FROM:<a@[256.0.0.1]>", "a@[256.0.0.1]", [LITERAL]),
+        ("FROM:<a@[::1]>", "a@[::1]", [LITERAL]),
+        ("FROM:<a@[IPv6:1::2::3]>", "a@[IPv6:1::2::3]", [LITERAL]),
+        ("FROM:<a@x> SIZE=1 body=7BIT size=2 BODY=7BIT", "a@x", ["SIZE twice", "BODY twice"]),
     ],
 )
 def test_what_other_servers_may_refuse_is_taken_and_told(

@@ -386,9 +386,14 @@ def test_leaving_the_block_cancels_what_a_handler_has_begun() -> None:
     assert [task.cancelled() for task in begun] == [True]
 
 
-@pytest.mark.parametrize("begin", [lambda _client: None, begin_data], ids=["idle", "in DATA"])
+@pytest.mark.parametrize(
+    ("begin", "reports"), [(lambda _client: None, 0), (begin_data, 1)], ids=["idle", "in DATA"]
+)
 def test_a_client_that_vanishes_is_no_error(
-    handler: Handler, begin: Callable[[smtplib.SMTP], None], caplog: pytest.LogCaptureFixture
+    handler: Handler,
+    begin: Callable[[smtplib.SMTP], None],
+    reports: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Listener(handler, FREE) as listener:
         client = connect(listener.port)
@@ -397,7 +402,9 @@ def test_a_client_that_vanishes_is_no_error(
         send(listener.port)
     gc.collect()
     assert handler.contents == [MAIL]
-    assert troubles(caplog) == []
+    told = [text.partition(": ")[2] for level, text in troubles(caplog) if level == "WARNING"]
+    half = "The client left in the middle of a mail from a@example.com for b@example.com"
+    assert told == [f"{half}, of which 0 octets had come"] * reports
 
 
 def test_a_client_that_vanishes_while_the_server_waits_for_it_is_no_error(
