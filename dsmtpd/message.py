@@ -33,9 +33,16 @@ _CONTINUATIONS = range(0x80, 0xC0)
 # RFC 5321, section 4.5.3.1.6, without the CRLF.
 LINE_OCTETS = 998
 
-# RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds count.
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:(.*(?:\n[ \t].*)*)(?:\n|\Z)")
-_FOLD = re.compile(rb"\r?\n[ \t]+")
+# RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds and bare
+# carriage returns count; a line of an mbox file, which no header has, is passed over.
+_EOL = rb"(?:\r*\n|\r)"
+_MBOX = rb"(?:>?From [^\r\n]*" + _EOL + rb")*"
+_BODY = rb"([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)"
+_FIELD = re.compile(_MBOX + rb"([!-9;-~]+)[ \t]*:" + _BODY + rb"(?:" + _EOL + rb"|\Z)")
+_FOLD = re.compile(_EOL + rb"[ \t]+")
+
+# The last character of UTF-8 in a text that is cut.
+_LAST = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z")
 
 
 class Message(NamedTuple):
@@ -65,8 +72,9 @@ class Message(NamedTuple):
         """The first Subject, unfolded and decoded; empty when there is none."""
         for name, value in islice(_fields(self.content), _FIELDS):
             if name.lower() == b"subject":
-                line = _FOLD.sub(b" ", value[:_SUBJECT_OCTETS]).strip(b" \t\r")
-                return decoded(line) + ("..." if len(value) > _SUBJECT_OCTETS else "")
+                if len(value) > _SUBJECT_OCTETS:
+                    return decoded(_LAST.sub(b"", _unfolded(value[:_SUBJECT_OCTETS]))) + "..."
+                return decoded(_unfolded(value))
         return ""
 
     def summary(self) -> dict[str, str]:
@@ -131,6 +139,10 @@ def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     while match:
         yield match[1], match[2]
         match = _FIELD.match(content, match.end(), _HEADER_OCTETS)
+
+
+def _unfolded(value: bytes) -> bytes:
+    return _FOLD.sub(b" ", value).strip(b" \t\r")
 
 
 def _encoded(value: str) -> str:

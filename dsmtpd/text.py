@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import re
-from email.errors import HeaderParseError
-from email.header import decode_header
+from binascii import a2b_base64, a2b_qp
+from encodings.aliases import aliases
+from itertools import groupby
 from typing import Any
+from unicodedata import category
 
 # The most octets that `printable` returns by default: a line of the log has at most 16 KiB.
 _MOST_OCTETS = 12 * 1024
 
-# RFC 2047, section 2; white space between two encoded words is not shown (section 6.2).
-_ENCODED_WORD = r"=\?[^?\s]+\?[bq]\?[^?]*\?="
-_ENCODED_WORDS = re.compile(rf"{_ENCODED_WORD}(?:\s*{_ENCODED_WORD})*", re.IGNORECASE)
+# RFC 2047, section 2, with some question marks that should have been encoded; white space between
+# two encoded words is not shown (section 6.2).
+_WORD = r"=\?([^?\s]+)\?([bq])\?([^?]*(?:\?(?!=)[^?]*){0,5})\?="
+_ENCODED_WORD = re.compile(_WORD, re.IGNORECASE)
+_ENCODED_WORDS = re.compile(rf"(?:{_WORD}\s*)*{_WORD}", re.IGNORECASE)
+
+# What people mean by a charset's label, where Python does not: as the Encoding Standard of WHATWG
+# has it, and some names of databases and code pages.
+_CHARSETS = {
+    "ascii": "cp1252",
+    "big5": "big5hkscs",
+    "euc_kr": "cp949",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "iso8859_1": "cp1252",
+    "iso_8859_1": "cp1252",
+    "iso_8859_8_e": "iso8859_8",
+    "iso_8859_8_i": "iso8859_8",
+    "ks_c_5601_1987": "cp949",
+    "latin1": "cp1252",
+    "latin_1": "cp1252",
+    "shift_jis": "cp932",
+    "us_ascii": "cp1252",
+    "utf8mb4": "utf_8",
+    "windows_31j": "cp932",
+    "windows_874": "cp874",
+    "x_gbk": "gb18030",
+    "x_sjis": "cp932",
+}
+_CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
+# The bits of the last two code points of each plane, which never become characters.
+_NONCHARACTER = 0xFFFE
+_KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
 
 def endpoint(address: Any) -> str:
@@ -24,38 +56,82 @@ def endpoint(address: Any) -> str:
 
 
 def printable(text: str, most: int = _MOST_OCTETS) -> str:
-    r"""Return *text* with every character that is not printable escaped, as in `\x1b` or `\u202e`.
+    r"""Return *text* with all that is not to be seen escaped, as in `\x1b` or `\u202e`.
 
     It can then neither forge a line of the log nor drive the terminal that shows it. A result of
     more than *most* octets (in UTF-8) is cut, and ends with `...`.
     """
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+        text = "".join(c if _is_shown(c) else repr(c)[1:-1] for c in text[: most + 1])
     if len(text) * 4 <= most:  # No character takes more than four octets.
         return text
     octets = text.encode()
     return text if len(octets) <= most else octets[: most - 3].decode("utf-8", "ignore") + "..."
 
 
+def _is_shown(character: str) -> bool:
+    """Tell whether *character* is shown as it is.
+
+    Beyond what Python calls printable these are all spaces, the joiners that Persian and emoji
+    need, and characters that are newer than this Python.
+    """
+    if character.isprintable() or character in "\u200c\u200d":
+        return True
+    if category(character) == "Cn":
+        return character > "\uffff" and ord(character) & _NONCHARACTER != _NONCHARACTER
+    return category(character) == "Zs"
+
+
 def decoded(value: bytes) -> str:
     """Return the *value* of a header field as text.
 
-    Octets that are not UTF-8 are read as Latin-1, and broken encoded words stay as they were sent.
+    Octets are UTF-8 if any two of them are, else windows-1252. Broken encoded words stay as they
+    were sent. One charset that nobody knows is looked up, since Python remembers that for ever.
     """
-    try:
-        text = value.decode("utf-8")
-    except UnicodeDecodeError:
-        text = value.decode("latin-1")
-    return _ENCODED_WORDS.sub(lambda words: _decoded_words(words[0]), text)
+    text = value.decode("utf-8", "replace")
+    if "\ufffd" in text and all(c < "\x80" or c == "\ufffd" for c in text):
+        text = value.decode("cp1252", "replace")
+    unknown: set[str] = set()
+
+    def words(match: re.Match[str]) -> str:
+        return _decoded_words(match[0], unknown)
+
+    return _ENCODED_WORDS.sub(words, text)
 
 
-def _decoded_words(words: str) -> str:
+def _decoded_words(words: str, unknown: set[str]) -> str:
     """Return a run of encoded *words* as text, or unchanged when it is broken (RFC 2047)."""
+    found = ((_codec(match), match) for match in _ENCODED_WORD.finditer(words))
     try:
-        # A charset may be followed by a language (RFC 2231, section 5).
         return "".join(
-            word.decode(str(charset).partition("*")[0], "replace")
-            for word, charset in decode_header(words)
+            _text(codec, b"".join(_octets(match) for _, match in group), unknown)
+            for codec, group in groupby(found, lambda pair: pair[0])
         )
-    except (HeaderParseError, LookupError, ValueError):
+    except (LookupError, ValueError):
         return words
+
+
+def _codec(word: re.Match[str]) -> str:
+    """Return Python's name of the charset of an encoded *word*."""
+    if not word[3].isascii():
+        return "utf_8"  # What should have been encoded has been read as such.
+    # A charset may be followed by a language (RFC 2231, section 5).
+    label = word[1].partition("*")[0].lower().replace("-", "_")
+    label = _CODE_PAGE.sub(r"cp\1", label)
+    return _CHARSETS.get(label, label)
+
+
+def _octets(word: re.Match[str]) -> bytes:
+    octets = word[3].encode()
+    if word[2] in "qQ":
+        return a2b_qp(octets, header=True)
+    return a2b_base64(octets + b"=" * (-len(octets) % 4))
+
+
+def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
+    """Return *octets* as text; keep in *unknown* what has been looked up in vain."""
+    if codec not in _KNOWN and codec not in unknown:
+        if unknown:
+            raise LookupError(codec)
+        unknown.add(codec)
+    return octets.decode(codec, "replace")

@@ -57,7 +57,13 @@ def message(
         (b"Subject: =?utf-8?q?a b?=", "a b"),
         (b"Subject: a=?utf-8?q??=b", "ab"),
         (b"Subject: =?utf-8?b?8J+O?==?utf-8?b?iQ==?=", "🎉"),
-        (b"Subject: \x80\xe9", "\x80é"),
+        (b"Subject: \x80\xe9", "€é"),
+        (b"From app@x Thu Jan  1 00:00:00 2026\r\nFrom: app@x\r\nSubject: yes", "yes"),
+        (b">From app@x\r\n>From b@x\r\nSubject: yes", "yes"),
+        (b"To: b@x\r\nFrom app@x\r\nSubject: yes", "yes"),
+        (b"From: a@e.x\rSubject: W\r\rHi", "W"),
+        (b"Subject: in\r two\rTo: b@x", "in two"),
+        (b"Subject: two\r\r\nTo: b@x", "two"),
     ],
 )
 def test_the_subject_is_unfolded_and_decoded(field: bytes, subject: str) -> None:
@@ -71,6 +77,15 @@ def test_a_long_subject_is_cut_before_it_is_decoded() -> None:
     assert subject.startswith("aaaa")
     assert subject.endswith("...")
     assert len(subject) < 1000
+
+
+@pytest.mark.parametrize("octets", range(8180, 8200))
+def test_a_long_subject_is_cut_between_two_characters(octets: int) -> None:
+    ascii_octets = octets % 4 + 1
+    sent = "a" * ascii_octets + "🎉" * 5000
+    subject = message(f"Subject: {sent}\r\n".encode()).subject
+    assert subject.endswith("🎉...")
+    assert sent.startswith(subject[:-3])
 
 
 def test_a_subject_after_a_header_of_more_than_256_kib_is_not_looked_for() -> None:
