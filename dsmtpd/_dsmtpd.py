@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dsmtpd import __version__, logs
 from dsmtpd.cli import UsageError, parse_args
 from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
-from dsmtpd.message import CHECKED_OCTETS, LINE_OCTETS, Message
+from dsmtpd.message import CHECKED_OCTETS, Message
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
 from dsmtpd.server import Listener, ListenError
 from dsmtpd.text import endpoint, printable
@@ -136,10 +136,10 @@ def _show(message: Message) -> None:
     """Log *message* in one line, and what other servers may not like in another."""
     summary = message.summary()
     log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
-    if longest := message.longest_line():
-        where = " in the first MiB" if len(message.content) > CHECKED_OCTETS else ""
-        line = "%s: The longest line%s has %d octets; other servers may refuse more than %d"
-        log.warning(line, summary["peer"], where, longest, LINE_OCTETS)
+    if faults := message.faults():
+        where = " in its first MiB" if len(message.content) > CHECKED_OCTETS else ""
+        line = "%s: Other servers may refuse this mail%s: %s"
+        log.warning(line, summary["peer"], where, "; ".join(faults))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

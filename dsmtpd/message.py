@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from binascii import b2a_base64
+from collections import Counter
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmtpd.text import decoded, endpoint, printable
@@ -31,7 +31,25 @@ _WORD_OCTETS = 42
 _CONTINUATIONS = range(0x80, 0xC0)
 
 # RFC 5321, section 4.5.3.1.6, without the CRLF.
-LINE_OCTETS = 998
+_LINE_OCTETS = 998
+
+# Of a line that should be a field, so much is shown.
+_SHOWN_OCTETS = 60
+
+# The fields that may be there once (RFC 5322, section 3.6).
+_ONCE = {
+    name.lower().encode(): name
+    for name in (
+        *("Date", "From", "Sender", "Reply-To", "To", "Cc", "Bcc"),
+        *("Message-ID", "In-Reply-To", "References", "Subject"),
+    )
+}
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_NUL = re.compile(rb"\x00")
+_BARE_CR = re.compile(rb"\r(?!\n)")
+_BEYOND_ASCII = re.compile(rb"[^\x00-\x7f]")
 
 # RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds and bare
 # carriage returns count; a line of an mbox file, which no header has, is passed over.
@@ -52,12 +70,14 @@ class Message(NamedTuple):
     *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
     *rcpt_tos*: the recipients.
     *content*: the octets after DATA, dot-unstuffed, with the line ends that were sent.
+    *smtputf8*: whether the header may hold UTF-8 (RFC 6531).
     """
 
     peer: Any
     mail_from: str
     rcpt_tos: tuple[str, ...]
     content: bytes
+    smtputf8: bool = False
 
     @classmethod
     def from_envelope(cls, peer: Any, envelope: Envelope) -> Message:
@@ -65,13 +85,15 @@ class Message(NamedTuple):
         content = envelope.content or b""
         if isinstance(content, str):
             content = content.encode("utf-8", "surrogateescape")
-        return cls(peer, envelope.mail_from or "<>", tuple(envelope.rcpt_tos), content)
+        mail_from, rcpt_tos = envelope.mail_from or "<>", tuple(envelope.rcpt_tos)
+        return cls(peer, mail_from, rcpt_tos, content, envelope.smtp_utf8)
 
     @property
     def subject(self) -> str:
         """The first Subject, unfolded and decoded; empty when there is none."""
-        for name, value in islice(_fields(self.content), _FIELDS):
-            if name.lower() == b"subject":
+        for field in _fields(self.content):
+            if field[1].lower() == b"subject":
+                value = field[2]
                 if len(value) > _SUBJECT_OCTETS:
                     return decoded(_LAST.sub(b"", _unfolded(value[:_SUBJECT_OCTETS]))) + "..."
                 return decoded(_unfolded(value))
@@ -101,23 +123,96 @@ class Message(NamedTuple):
         head = "".join(f"{name}: {_encoded(value)}\n" for name, value in fields) + end
         return head.encode("ascii")
 
-    def longest_line(self) -> int:
-        """Return the octets of the longest line, without its CRLF, if that is over 998; else 0.
+    def faults(self) -> list[str]:
+        """Return what other servers may refuse of the content, in words, with the first place.
 
-        Other servers may refuse such a line (RFC 5321, section 4.5.3.1.6). Only the first MiB of a
-        mail is looked at.
+        Only the first MiB is looked at. What follows from a fault that is named is not named.
         """
-        size = min(len(self.content), CHECKED_OCTETS)
-        longest = begin = 0
-        while begin < size:
-            # As many lines as fit into the limit are passed over at once.
-            end = self.content.rfind(b"\r\n", begin, begin + LINE_OCTETS + 2)
-            if end < 0:
-                end = self.content.find(b"\r\n", begin, size)
-                end = size if end < 0 else end
-                longest = max(longest, end - begin)
-            begin = end + 2
-        return longest if longest > LINE_OCTETS else 0
+        return [*self._header_faults(), *self._line_faults()]
+
+    def _header_faults(self) -> Iterator[str]:
+        """Yield what is wrong with the header (RFC 5322, sections 2.1, 2.2 and 3.6)."""
+        content, end = self.content, 0
+        names: Counter[bytes] = Counter()
+        for field in _fields(content):
+            names[field[1].lower()] += 1
+            if field[0].startswith((b"From ", b">From ")):
+                yield f"line {_line(content, end)} is one of an mbox file"
+            end = field.end()
+        if end >= _HEADER_OCTETS or names.total() >= _FIELDS:
+            return  # It has not been looked at to its end.
+        if content.startswith(_BYTE_ORDER_MARK):
+            yield "a byte order mark stands before the header"
+        elif content[end : end + 1].strip(b"\r\n"):
+            line = re.split(_EOL, content[end : end + _SHOWN_OCTETS], maxsplit=1)[0]
+            what = f"line {_line(content, end)} is no header field, the header ends there"
+            yield f"{what}: '{printable(decoded(line))}'"
+        elif not names:
+            yield "the header is empty"
+        else:
+            yield from self._field_faults(content[:end], names)
+
+    def _field_faults(self, header: bytes, names: Counter[bytes]) -> Iterator[str]:
+        """Yield what is wrong with the fields of a *header* that is whole."""
+        if not self.smtputf8 and not header.isascii():
+            what = "octets beyond ASCII in the header without SMTPUTF8"
+            yield _with_place(what, _BEYOND_ASCII, header)
+        elif not _is_utf8(header):
+            yield "octets in the header that are no UTF-8"
+        for name, shown in _ONCE.items():
+            if names[name] > 1:
+                yield f"{names[name]:,} {shown} fields"
+        if not names[b"from"]:
+            yield "no From field"
+        if names[b"bcc"]:
+            yield "a Bcc field, which recipients may see"
+
+    def _line_faults(self) -> Iterator[str]:
+        """Yield what is wrong with the lines (RFC 5321, sections 2.3.8 and 4.5.3.1.6)."""
+        content = self.content[:CHECKED_OCTETS]
+        if len(self.content) > CHECKED_OCTETS and content.endswith(b"\r"):
+            content = content[:-1]
+        line_ends = content.count(b"\r\n")
+        for name, octet, pattern in (("LF", b"\n", _BARE_LF), ("CR", b"\r", _BARE_CR)):
+            if number := content.count(octet) - line_ends:
+                yield _with_place(f"{number:,} bare {name}", pattern, content)
+        if number := content.count(b"\0"):
+            yield _with_place(f"{number:,} NUL", _NUL, content)
+        if longest := _longest_line(content):
+            yield f"a line of {longest:,} octets, which is more than {_LINE_OCTETS}"
+
+
+def _is_utf8(octets: bytes) -> bool:
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _line(content: bytes, place: int) -> int:
+    """Return the number of the line at *place*."""
+    return content.count(b"\n", 0, place) + 1
+
+
+def _with_place(what: str, pattern: re.Pattern[bytes], content: bytes) -> str:
+    """Return *what* with the line of the first match of *pattern*."""
+    match = pattern.search(content)
+    return what if match is None else f"{what}, first in line {_line(content, match.start())}"
+
+
+def _longest_line(content: bytes) -> int:
+    """Return the octets of the longest line, without its line end, if that is over 998; else 0."""
+    longest = begin = 0
+    while begin < len(content):
+        # As many lines as fit into the limit are passed over at once.
+        end = content.rfind(b"\n", begin, begin + _LINE_OCTETS + 2)
+        if end < 0:
+            end = content.find(b"\n", begin)
+            end = len(content) if end < 0 else end
+            longest = max(longest, len(content[begin:end].removesuffix(b"\r")))
+        begin = end + 1
+    return longest if longest > _LINE_OCTETS else 0
 
 
 def _listed(addresses: tuple[str, ...]) -> str:
@@ -133,12 +228,12 @@ def _listed(addresses: tuple[str, ...]) -> str:
     return ", ".join(listed)
 
 
-def _fields(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the name and the raw value of each field, up to the first line that is none."""
-    match = _FIELD.match(content, 0, _HEADER_OCTETS)
-    while match:
-        yield match[1], match[2]
-        match = _FIELD.match(content, match.end(), _HEADER_OCTETS)
+def _fields(content: bytes) -> Iterator[re.Match[bytes]]:
+    """Yield each field, as its name and its raw value, up to the first line that is none."""
+    match, count = _FIELD.match(content, 0, _HEADER_OCTETS), 0
+    while match and count < _FIELDS:
+        yield match
+        match, count = _FIELD.match(content, match.end(), _HEADER_OCTETS), count + 1
 
 
 def _unfolded(value: bytes) -> bytes:

@@ -72,7 +72,9 @@ def test_the_historical_names_are_there() -> None:
     assert _dsmtpd.log is logging.getLogger("dsmtpd")
 
 
-@pytest.mark.parametrize("content", [b"Subject: hi\r\n\r\nbody", "Subject: hi\n\nbody"])
+@pytest.mark.parametrize(
+    "content", [b"From: a@x\r\nSubject: hi\r\n\r\n", "From: a@x\r\nSubject: hi\r\n\r\n"]
+)
 def test_a_mail_is_logged_through_the_modules_own_log(content: bytes | str) -> None:
     with patch("dsmtpd._dsmtpd.log") as log:
         assert handle(DsmtpdHandler(), content) == "250 OK"
@@ -83,25 +85,29 @@ def test_a_mail_is_logged_through_the_modules_own_log(content: bytes | str) -> N
 
 def test_a_mail_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    handle(DsmtpdHandler(), b"Subject: =?utf-8?q?caf=C3=A9=0A?=\r\n\r\n")
+    handle(DsmtpdHandler(), b"From: a@x\r\nSubject: =?utf-8?q?caf=C3=A9=0A?=\r\n\r\n")
     assert caplog.messages == [r"127.0.0.1:1234: a@x -> b@x, c@x [café\n]"]
 
 
-def test_a_line_that_servers_may_refuse_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    long = b"x" * 999 + b"\r\n" + b"y" * 2000 + b"\r\n"
-    handle(DsmtpdHandler(), b"x" * 998 + b"\r\n")
-    assert handle(DsmtpdHandler(), long) == "250 OK"
+def test_what_servers_may_refuse_of_a_mail_is_told_in_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handle(DsmtpdHandler(), b"From: a@x\r\n\r\n" + b"x" * 998 + b"\r\n")
+    assert handle(DsmtpdHandler(), b"To: a@x\r\n\r\na\n" + b"y" * 2000 + b"\r\n") == "250 OK"
+    faults = ["no From field", "1 bare LF, first in line 3"]
+    faults.append("a line of 2,000 octets, which is more than 998")
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("dsmtpd", "WARNING")
     assert caplog.messages == [
-        "127.0.0.1:1234: The longest line has 2000 octets; other servers may refuse more than 998"
+        f"127.0.0.1:1234: Other servers may refuse this mail: {'; '.join(faults)}"
     ]
 
 
 def test_of_a_large_mail_the_first_mebibyte_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
-    handle(DsmtpdHandler(), b"x" * 2_000_000)
-    line = "The longest line in the first MiB has 1048576 octets; other servers may refuse more"
-    assert caplog.messages == [f"127.0.0.1:1234: {line} than 998"]
+    handle(DsmtpdHandler(), b"From: a@x\r\n\r\n\r\n" + b"x" * 2_000_000)
+    what = "Other servers may refuse this mail in its first MiB"
+    length = "a line of 1,048,561 octets, which is more than 998"
+    assert caplog.messages == [f"127.0.0.1:1234: {what}: {length}"]
 
 
 def test_nothing_is_stored_without_a_maildir(
@@ -116,7 +122,7 @@ def test_a_mail_is_stored_behind_its_envelope(tmp_path: Path) -> None:
     maildir = tmp_path / "a" / "b"
     assert handle(DsmtpdHandler(str(maildir))) == "250 OK"
     head = b"X-Peer: ('127.0.0.1', 1234)\nX-MailFrom: a@x\nX-RcptTo: b@x, c@x\n"
-    assert stored(maildir) == [head + b"Subject: Hello\n\nHi there.\n"]
+    assert stored(maildir) == [head + MAIL.replace(b"\r\n", b"\n")]
     (mail,) = mailbox.Maildir(maildir)
     assert mail["Subject"] == "Hello"
 
@@ -158,7 +164,7 @@ def test_under_a_plain_controller_a_mail_that_is_shown_is_stored_though_its_clie
         clients = [connect(port) for _ in range(40)]
         for client in clients:
             begin_data(client)
-            client.send(b".\r\n")
+            client.send(MAIL + b".\r\n")
         with connect(port) as other:
             other.noop()
             for client in clients:
@@ -253,7 +259,7 @@ def test_a_full_disk_refuses_mails_until_there_is_room(
     with Listener(DsmtpdHandler(maildir), FREE) as listener, connect(listener.port) as client:
         ballast.write_bytes(bytes(64 * 1024))
         begin_data(client)
-        client.send((b"x" * 98 + b"\r\n") * 1000 + b".\r\n")
+        client.send(MAIL + (b"x" * 98 + b"\r\n") * 1000 + b".\r\n")
         assert client.getreply() == (452, b"4.3.1 Storage full")
         assert stored(maildir) == []
         ballast.unlink()
@@ -411,7 +417,7 @@ def test_a_fault_in_a_thread_is_answered(
     monkeypatch.setattr(os, "fsync", fsync)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         begin_data(client)
-        client.send(b".\r\n")
+        client.send(MAIL + b".\r\n")
         assert client.getreply() == (451, b"4.3.0 Internal error")
     assert caplog.messages == ["Internal error: ZeroDivisionError()"]
     assert stored(tmp_path) == []
@@ -428,7 +434,7 @@ def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
         clients = [connect(listener.port) for _ in range(40)]
         for client in clients:
             begin_data(client)
-            client.send(b".\r\n")
+            client.send(MAIL + b".\r\n")
         with connect(listener.port) as other:
             other.noop()
             for client in clients:

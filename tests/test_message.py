@@ -157,6 +157,16 @@ def test_the_mail_cannot_continue_a_field_of_the_envelope(content: bytes) -> Non
     assert email.message_from_bytes(head + content)["X-RcptTo"] == "b@x"
 
 
+HEAD = b"From: a@x\r\n"
+
+
+def long_line(content: bytes) -> int:
+    """Return the octets of the line that is told to be too long, or 0."""
+    faults = [fault for fault in message(content).faults() if fault.startswith("a line of ")]
+    assert all(fault.endswith(" octets, which is more than 998") for fault in faults)
+    return sum(int(fault.split()[3].replace(",", "")) for fault in faults)
+
+
 @pytest.mark.parametrize("octets", [0, 1, 997, 998, 999, 1000, 1001, 70_000])
 @pytest.mark.parametrize("before", [b"", b"\r\n", b"y" * 998 + b"\r\n", b"y" * 40 + b"\r\n"])
 @pytest.mark.parametrize("after", [b"", b"\r\n", b"\r\nz" * 600])
@@ -164,19 +174,101 @@ def test_the_longest_line_is_known_when_it_is_over_998_octets(
     octets: int, before: bytes, after: bytes
 ) -> None:
     content = before * 50 + b"x" * octets + after
-    assert message(content).longest_line() == (octets if octets > 998 else 0)
+    assert long_line(content) == (octets if octets > 998 else 0)
 
 
 def test_a_line_counts_as_far_as_it_is_in_the_first_mebibyte() -> None:
     before = (b"x" * 510 + b"\r\n") * 2046
-    assert message(before + b"y" * 2000).longest_line() == 1024
-    assert message(before + b"\r\n" * 13 + b"y" * 2000).longest_line() == 0
+    assert long_line(before + b"y" * 2000) == 1024
+    assert long_line(before + b"\r\n" * 13 + b"y" * 2000) == 0
 
 
-def test_the_longest_of_several_long_lines_counts_and_only_crlf_ends_a_line() -> None:
+def test_the_longest_of_several_long_lines_counts_and_a_bare_lf_ends_a_line() -> None:
     lines = [b"a" * 2000, b"b" * 5000, b"c" * 3000, b"\n" * 4000]
-    assert message(b"\r\n".join(lines)).longest_line() == 5000
-    assert message(b"x" * 600 + b"\n" + b"x" * 600 + b"\r").longest_line() == 1202
+    assert long_line(b"\r\n".join(lines)) == 5000
+    assert long_line(b"x" * 600 + b"\n" + b"x" * 600 + b"\r") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "faults"),
+    [
+        (b"From: a@x\r\nSubject: s\n\n" + b"short\n" * 200, ["202 bare LF, first in line 2"]),
+        (
+            HEAD + b"\r\na\n" + b"x" * 2000,
+            ["1 bare LF, first in line 3", "a line of 2,000 octets, which is more than 998"],
+        ),
+        (b"From: a@e.x\rSubject: W\r\rHi\r\r\n", ["4 bare CR, first in line 1"]),
+        (HEAD + b"\r\na\0b\0\r\n", ["2 NUL, first in line 3"]),
+        (
+            HEAD + b"\r\na\nb\rc\0",
+            ["1 bare LF, first in line 3", "1 bare CR, first in line 4", "1 NUL, first in line 4"],
+        ),
+        (b"", ["the header is empty"]),
+        (b"\r\nFrom: a@e.x\r\nSubject: Welcome\r\n\r\nx", ["the header is empty"]),
+        (
+            b"Subject: Hello\r\nyour order\r\nFrom: a@e.x\r\n\r\nx",
+            ["line 2 is no header field, the header ends there: 'your order'"],
+        ),
+        (
+            b"X-Long: a\r\nb without colon\r\nSubject: Welcome\r\n\r\n",
+            ["line 2 is no header field, the header ends there: 'b without colon'"],
+        ),
+        (b" From: a@x\r\n\r\n", ["line 1 is no header field, the header ends there: ' From: a@x'"]),
+        (
+            b"\x1b[2J" + b"x" * 100,
+            [f"line 1 is no header field, the header ends there: '\\x1b[2J{'x' * 56}'"],
+        ),
+        (
+            b"\xef\xbb\xbfFrom: a@e.x\r\nSubject: Welcome\r\n\r\nx",
+            ["a byte order mark stands before the header"],
+        ),
+        (
+            b"From app@x Thu Jan  1 00:00:00 2026\r\nFrom: app@x\r\nSubject: W\r\n\r\nHi",
+            ["line 1 is one of an mbox file"],
+        ),
+        (HEAD + b">From x\r\nSubject: W\r\n\r\n", ["line 2 is one of an mbox file"]),
+        (
+            "From: a@x\r\nSubject: Café\r\n\r\né".encode(),
+            ["octets beyond ASCII in the header without SMTPUTF8, first in line 2"],
+        ),
+        (
+            HEAD + b"Subject: Caf\xe9\r\n\r\n",
+            ["octets beyond ASCII in the header without SMTPUTF8, first in line 2"],
+        ),
+        (b"Subject: s\r\n\r\n", ["no From field"]),
+        (
+            HEAD * 2 + b"Subject: a\r\nsubject: b\r\nX: 1\r\nX: 2\r\n\r\n",
+            ["2 From fields", "2 Subject fields"],
+        ),
+        (HEAD + b"message-id: <a>\r\n" * 3 + b"\r\n", ["3 Message-ID fields"]),
+        (HEAD + b"Bcc: c@x\r\n\r\n", ["a Bcc field, which recipients may see"]),
+        (HEAD + b"To: b@x", []),
+        (HEAD + b"\r\nFrom nobody\r\n\xe9\r\n.\r\n", []),
+        (b"a:\r\n" * 10_001, []),
+        (b"a: " + b"x" * 500 + b"\r\n" + (b" " + b"y" * 900 + b"\r\n") * 400, []),
+    ],
+)
+def test_what_other_servers_may_refuse_of_a_mail_is_named(
+    content: bytes, faults: list[str]
+) -> None:
+    assert message(content).faults() == faults
+
+
+def test_with_smtputf8_the_header_may_hold_utf_8() -> None:
+    def faults(subject: bytes) -> list[str]:
+        content = HEAD + b"Subject: " + subject + b"\r\n\r\n"
+        return Message(PEER, "a@x", ("b@x",), content, smtputf8=True).faults()
+
+    assert faults("Café".encode()) == []
+    assert faults(b"Caf\xe9") == ["octets in the header that are no UTF-8"]
+
+
+def test_a_crlf_at_the_end_of_the_first_mebibyte_is_whole() -> None:
+    lines = (b"x" * 510 + b"\r\n") * 2047
+    content = HEAD + b"\r\n" + lines
+    content += b"y" * (1024 * 1024 - len(content) - 1) + b"\r\n" + b"\n" * 10 + b"\0"
+    assert content[1024 * 1024 - 1 : 1024 * 1024 + 1] == b"\r\n"
+    assert message(content).faults() == []
 
 
 @pytest.mark.parametrize(
@@ -207,3 +299,46 @@ def test_octets_that_are_no_utf8_are_kept_in_the_envelope_fields() -> None:
     assert message(b"", "\udc80" * 99).envelope_fields().count(b"=?unknown-8bit?b?gICA") == 3
     words = message(b"", "🎉" * 25 + "\udce9").envelope_fields().splitlines()[1].split(b" ")
     assert all(len(word) <= 75 for word in words)
+
+
+FIELDS = [
+    b"Subject: Hello",
+    b"subject:Hello",
+    b"Subject : Hello",
+    b"Subject:",
+    b"Subject: =?utf-8?q?caf=C3=A9?=",
+    b"Subject: in\r\n two lines",
+    b"Subject: in\r\n\ttwo lines",
+    b"To: b@example.com",
+    b"To: B <b@example.com>, c@example.com",
+    b"Cc: c@example.com",
+    b"Reply-To: d@example.com",
+    b"Sender: e@example.com",
+    b"Date: Thu, 1 Jan 2026 00:00:00 +0000",
+    b"Message-ID: <1@example.com>",
+    b"In-Reply-To: <1@example.com>",
+    b"References: <1@example.com>\r\n <2@example.com>",
+    b"Received: from a by b\r\nReceived: from b by c",
+    b"Comments: a\r\nComments: b",
+    b"Keywords: a, b\r\nKeywords: c",
+    b"Resent-From: a@example.com\r\nResent-To: b@example.com",
+    b"Resent-From: a@example.com\r\nResent-From: b@example.com",
+    b"Return-Path: <>",
+    b"MIME-Version: 1.0",
+    b"Content-Type: text/plain; charset=utf-8",
+    b"Content-Transfer-Encoding: 8bit",
+    b"List-Unsubscribe: <https://example.com/>",
+    b"DKIM-Signature: v=1; a=rsa-sha256;\r\n\tb=abc",
+    b"X-Very-Long: " + b"x" * 985,
+    b"X!#$%&'*+-^_`|~: y",
+    b"X-From: nobody",
+]
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b"\r\n", b"\r\n\r\n", b"\r\n\r\nHi \xe9\xff\r\n.\r\nFrom x\r\n\t\r\n"]
+)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_well_formed_mail_has_no_faults(field: bytes, end: bytes) -> None:
+    assert message(b"From: a@x\r\n" + field + end).faults() == []
+    assert message(field + b"\r\nFrom: a@x" + end).faults() == []

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Far more than anything here takes: a test fails instead of hanging.
 PATIENCE = 20.0
 
-MAIL = b"Subject: Hello\r\n\r\nHi there.\r\n"
+MAIL = b"From: a@example.com\r\nSubject: Hello\r\n\r\nHi there.\r\n"
 
 # Python 3.15 deprecates what aiosmtpd 1.4.6 imports.
 WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning:aiosmtpd.proxy_protocol")
