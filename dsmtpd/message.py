@@ -47,6 +47,7 @@ _ONCE = {
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_USUAL = bytes({*range(256)}.difference(b"\0\r\n"))
 _NUL = re.compile(rb"\x00")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _BEYOND_ASCII = re.compile(rb"[^\x00-\x7f]")
@@ -131,40 +132,42 @@ class Message(NamedTuple):
         return [*self._header_faults(), *self._line_faults()]
 
     def _header_faults(self) -> Iterator[str]:
-        """Yield what is wrong with the header (RFC 5322, sections 2.1, 2.2 and 3.6)."""
-        content, end = self.content, 0
-        names: Counter[bytes] = Counter()
-        for field in _fields(content):
-            names[field[1].lower()] += 1
-            if field[0].startswith((b"From ", b">From ")):
-                yield f"line {_line(content, end)} is one of an mbox file"
-            end = field.end()
-        if end >= _HEADER_OCTETS or names.total() >= _FIELDS:
+        """Yield what is wrong with the header (RFC 5322, sections 2.1 and 2.2)."""
+        content, fields = self.content, [*_fields(self.content)]
+        end = fields[-1].end() if fields else 0
+        if end >= _HEADER_OCTETS or len(fields) >= _FIELDS:
             return  # It has not been looked at to its end.
+        if b"From " in content[:end]:
+            for field in fields:
+                if field.start() < field.start(1):
+                    yield f"line {_line(content, field.start())} is one of an mbox file"
         if content.startswith(_BYTE_ORDER_MARK):
             yield "a byte order mark stands before the header"
         elif content[end : end + 1].strip(b"\r\n"):
             line = re.split(_EOL, content[end : end + _SHOWN_OCTETS], maxsplit=1)[0]
             what = f"line {_line(content, end)} is no header field, the header ends there"
             yield f"{what}: '{printable(decoded(line))}'"
-        elif not names:
+        elif not fields:
             yield "the header is empty"
         else:
-            yield from self._field_faults(content[:end], names)
+            yield from self._field_faults(content[:end], [field[1].lower() for field in fields])
 
-    def _field_faults(self, header: bytes, names: Counter[bytes]) -> Iterator[str]:
-        """Yield what is wrong with the fields of a *header* that is whole."""
-        if not self.smtputf8 and not header.isascii():
-            what = "octets beyond ASCII in the header without SMTPUTF8"
-            yield _with_place(what, _BEYOND_ASCII, header)
-        elif not _is_utf8(header):
-            yield "octets in the header that are no UTF-8"
-        for name, shown in _ONCE.items():
-            if names[name] > 1:
-                yield f"{names[name]:,} {shown} fields"
-        if not names[b"from"]:
+    def _field_faults(self, header: bytes, names: list[bytes]) -> Iterator[str]:
+        """Yield what is wrong with the fields of a *header* that is whole (RFC 5322, 3.6)."""
+        if not header.isascii():
+            if not self.smtputf8:
+                what = "octets beyond ASCII in the header without SMTPUTF8"
+                yield _with_place(what, _BEYOND_ASCII, header)
+            elif not _is_utf8(header):
+                yield "octets in the header that are no UTF-8"
+        if len(names) > len(set(names)):
+            counts = Counter(names)
+            yield from (
+                f"{counts[n]:,} {shown} fields" for n, shown in _ONCE.items() if counts[n] > 1
+            )
+        if b"from" not in names:
             yield "no From field"
-        if names[b"bcc"]:
+        if b"bcc" in names:
             yield "a Bcc field, which recipients may see"
 
     def _line_faults(self) -> Iterator[str]:
@@ -172,12 +175,16 @@ class Message(NamedTuple):
         content = self.content[:CHECKED_OCTETS]
         if len(self.content) > CHECKED_OCTETS and content.endswith(b"\r"):
             content = content[:-1]
-        line_ends = content.count(b"\r\n")
-        for name, octet, pattern in (("LF", b"\n", _BARE_LF), ("CR", b"\r", _BARE_CR)):
-            if number := content.count(octet) - line_ends:
-                yield _with_place(f"{number:,} bare {name}", pattern, content)
-        if number := content.count(b"\0"):
-            yield _with_place(f"{number:,} NUL", _NUL, content)
+        # Of a mail that is as it should be, only this is left.
+        special = content.translate(None, _USUAL)
+        if special != b"\r\n" * (len(special) // 2):
+            line_ends = content.count(b"\r\n")
+            if number := content.count(b"\n") - line_ends:
+                yield _with_place(f"{number:,} bare LF", _BARE_LF, content)
+            if number := content.count(b"\r") - line_ends:
+                yield _with_place(f"{number:,} bare CR", _BARE_CR, content)
+            if number := content.count(b"\0"):
+                yield _with_place(f"{number:,} NUL", _NUL, content)
         if longest := _longest_line(content):
             yield f"a line of {longest:,} octets, which is more than {_LINE_OCTETS}"
 
