@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from binascii import b2a_base64
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +63,21 @@ _FOLD = re.compile(_EOL + rb"[ \t]+")
 _LAST = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z")
 
 
+class _Header(NamedTuple):
+    """What has been found in a header; places are indices of the content.
+
+    *names*: those of its fields, in small letters.
+    *subject*: the raw value of the first Subject.
+    *mbox_lines*: the places of lines that only mbox files have.
+    *end*: the place of the first line that is no field, or where the look at it ended.
+    """
+
+    names: tuple[bytes, ...]
+    subject: bytes
+    mbox_lines: tuple[int, ...]
+    end: int
+
+
 class Message(NamedTuple):
     """One mail as it came in.
 
@@ -71,14 +85,16 @@ class Message(NamedTuple):
     *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
     *rcpt_tos*: the recipients.
     *content*: the octets after DATA, dot-unstuffed, with the line ends that were sent.
-    *smtputf8*: whether the header may hold UTF-8 (RFC 6531).
+    *header*: what its header says.
+    *smtputf8*: whether that may hold UTF-8 (RFC 6531).
     """
 
     peer: Any
     mail_from: str
     rcpt_tos: tuple[str, ...]
     content: bytes
-    smtputf8: bool = False
+    header: _Header
+    smtputf8: bool
 
     @classmethod
     def from_envelope(cls, peer: Any, envelope: Envelope) -> Message:
@@ -87,18 +103,15 @@ class Message(NamedTuple):
         if isinstance(content, str):
             content = content.encode("utf-8", "surrogateescape")
         mail_from, rcpt_tos = envelope.mail_from or "<>", tuple(envelope.rcpt_tos)
-        return cls(peer, mail_from, rcpt_tos, content, envelope.smtp_utf8)
+        return cls(peer, mail_from, rcpt_tos, content, _header(content), envelope.smtp_utf8)
 
     @property
     def subject(self) -> str:
         """The first Subject, unfolded and decoded; empty when there is none."""
-        for field in _fields(self.content):
-            if field[1].lower() == b"subject":
-                value = field[2]
-                if len(value) > _SUBJECT_OCTETS:
-                    return decoded(_LAST.sub(b"", _unfolded(value[:_SUBJECT_OCTETS]))) + "..."
-                return decoded(_unfolded(value))
-        return ""
+        raw = self.header.subject
+        if len(raw) > _SUBJECT_OCTETS:
+            return decoded(_LAST.sub(b"", _unfolded(raw[:_SUBJECT_OCTETS]))) + "..."
+        return decoded(_unfolded(raw))
 
     def summary(self) -> dict[str, str]:
         """Return what the log line shows, each value safe for a terminal."""
@@ -133,26 +146,24 @@ class Message(NamedTuple):
 
     def _header_faults(self) -> Iterator[str]:
         """Yield what is wrong with the header (RFC 5322, sections 2.1 and 2.2)."""
-        content, fields = self.content, [*_fields(self.content)]
-        end = fields[-1].end() if fields else 0
-        if end >= _HEADER_OCTETS or len(fields) >= _FIELDS:
+        content, header = self.content, self.header
+        end = header.end
+        if end >= _HEADER_OCTETS or len(header.names) >= _FIELDS:
             return  # It has not been looked at to its end.
-        if b"From " in content[:end]:
-            for field in fields:
-                if field.start() < field.start(1):
-                    yield f"line {_line(content, field.start())} is one of an mbox file"
+        for place in header.mbox_lines:
+            yield f"line {_line(content, place)} is one of an mbox file"
         if content.startswith(_BYTE_ORDER_MARK):
             yield "a byte order mark stands before the header"
         elif content[end : end + 1].strip(b"\r\n"):
             line = re.split(_EOL, content[end : end + _SHOWN_OCTETS], maxsplit=1)[0]
             what = f"line {_line(content, end)} is no header field, the header ends there"
             yield f"{what}: '{printable(decoded(line))}'"
-        elif not fields:
+        elif not header.names:
             yield "the header is empty"
         else:
-            yield from self._field_faults(content[:end], [field[1].lower() for field in fields])
+            yield from self._field_faults(content[:end], header.names)
 
-    def _field_faults(self, header: bytes, names: list[bytes]) -> Iterator[str]:
+    def _field_faults(self, header: bytes, names: tuple[bytes, ...]) -> Iterator[str]:
         """Yield what is wrong with the fields of a *header* that is whole (RFC 5322, 3.6)."""
         if not header.isascii():
             if not self.smtputf8:
@@ -161,10 +172,8 @@ class Message(NamedTuple):
             elif not _is_utf8(header):
                 yield "octets in the header that are no UTF-8"
         if len(names) > len(set(names)):
-            counts = Counter(names)
-            yield from (
-                f"{counts[n]:,} {shown} fields" for n, shown in _ONCE.items() if counts[n] > 1
-            )
+            numbers = ((names.count(name), shown) for name, shown in _ONCE.items())
+            yield from (f"{number:,} {shown} fields" for number, shown in numbers if number > 1)
         if b"from" not in names:
             yield "no From field"
         if b"bcc" in names:
@@ -235,12 +244,21 @@ def _listed(addresses: tuple[str, ...]) -> str:
     return ", ".join(listed)
 
 
-def _fields(content: bytes) -> Iterator[re.Match[bytes]]:
-    """Yield each field, as its name and its raw value, up to the first line that is none."""
-    match, count = _FIELD.match(content, 0, _HEADER_OCTETS), 0
-    while match and count < _FIELDS:
-        yield match
-        match, count = _FIELD.match(content, match.end(), _HEADER_OCTETS), count + 1
+def _header(content: bytes) -> _Header:
+    names: list[bytes] = []
+    mbox_lines: list[int] = []
+    subject, end = None, 0
+    field = _FIELD.match(content, 0, _HEADER_OCTETS)
+    while field and len(names) < _FIELDS:
+        name = field[1].lower()
+        names.append(name)
+        if name == b"subject" and subject is None:
+            subject = field[2]
+        if field.start() < field.start(1):
+            mbox_lines.append(field.start())
+        end = field.end()
+        field = _FIELD.match(content, end, _HEADER_OCTETS)
+    return _Header(tuple(names), subject or b"", tuple(mbox_lines), end)
 
 
 def _unfolded(value: bytes) -> bytes:
