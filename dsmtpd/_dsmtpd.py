@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Not before it listens: the clients of another dsmtpd may need the file.
                 ca_file(listener.ca, options.tls_ca) as ca,
             ):
-                _announce(options, listener.port, ca)
+                _announce(options, listener, ca)
                 signal.sigwait(stopping)
     except (UsageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))
@@ -199,9 +199,9 @@ def _storage(directory: str | None) -> Iterator[None]:
         raise UsageError(f"Cannot store mails in {directory}: {reason}") from error
 
 
-def _announce(options: Options, port: int, ca: str | None) -> None:
+def _announce(options: Options, listener: Listener, ca: str | None) -> None:
     """Log that the server listens, what it shows to clients, and what it does with mails."""
-    address = endpoint((options.interface, port))
+    address = endpoint((options.interface, listener.port))
     log.info(
         "Starting dsmtpd %s at %s size limit %s", __version__, address, options.max_size or None
     )
@@ -211,6 +211,8 @@ def _announce(options: Options, port: int, ca: str | None) -> None:
             f"a certificate of the CA in {ca}" if ca else f"the certificate in {options.tls_cert}"
         )
         log.info("%s", printable(f"TLS {way}, with {shown}"))
+    if not listener.is_local:
+        log.warning("Other machines can send mails here, too: -i 127.0.0.1 keeps them out")
     if options.directory is None:
         return
     # Not before it listens: a hundred thousand mails take as long as the start.

@@ -10,6 +10,7 @@ import selectors
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from aiosmtpd.controller import UnthreadedController
@@ -32,6 +33,9 @@ _QUIET = 60
 _BACKLOG = 65_535
 _ACCEPTS = 64
 
+# What the IPv6 address of all interfaces stands for.
+_ALL = ["::", "0.0.0.0"]  # noqa: S104  # which the user has asked for
+
 # Seconds that the event loop waits awake.
 _AWAKE = 100e-6
 
@@ -45,8 +49,8 @@ class Listener:
 
     *handler* is one as aiosmtpd's, of whose hooks `handle_DATA` and `handle_exception` are asked;
     *options* say where to listen and what to offer. Inside the block, *host* and *port* are the
-    real ones, also for port 0. *ca* is the certificate in PEM of the CA that clients may trust, if
-    it has been generated for TLS.
+    real ones, also for port 0, and *is_local* tells whether only this machine can connect. *ca* is
+    the certificate in PEM of the CA that clients may trust, if it has been generated for TLS.
 
     Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
     other clients.
@@ -54,6 +58,7 @@ class Listener:
 
     host: str
     port: int
+    is_local: bool
 
     def __init__(self, handler: object, options: Options) -> None:
         """Open nothing yet; raises `TLSError` when there is no certificate for TLS."""
@@ -70,7 +75,10 @@ class Listener:
             self._thread.shutdown()
             where = f"{self._options.interface}, port {self._options.port}"
             raise ListenError(f"Cannot listen on {where}: {_reason(error)}") from error
-        self.host, self.port = self._controller.server.sockets[0].getsockname()[:2]
+        addresses = [listening.getsockname() for listening in self._controller.server.sockets]
+        self.host, self.port = addresses[0][:2]
+        hosts = (host.partition("%")[0] for host, *_ in addresses)
+        self.is_local = all(ip_address(host).is_loopback for host in hosts)
         self._thread.submit(self._controller.loop.run_forever)
         return self
 
@@ -138,7 +146,9 @@ class _Controller(UnthreadedController):
             self.server = self._create(ports.pop())
 
     def _create(self, port: int) -> asyncio.Server:
-        creating = self.loop.create_server(self.factory, self.hostname, port, backlog=_ACCEPTS)
+        # Each family has a socket of its own, so that a peer's address looks as it is.
+        hosts = _ALL if self.hostname == _ALL[0] else [self.hostname]
+        creating = self.loop.create_server(self.factory, hosts, port, backlog=_ACCEPTS)
         server = self.loop.run_until_complete(creating)
         for listening in server.sockets:
             with listening.dup() as same:

@@ -540,6 +540,16 @@ def test_a_maildir_that_cannot_be_read_is_exit_code_2(
 
 
 @pytest.mark.usefixtures("stopper")
+@pytest.mark.parametrize("interface", ["0.0.0.0", "::"])  # noqa: S104  # for a moment
+def test_an_interface_that_other_machines_reach_is_told_of(
+    interface: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["-p", "0", "-i", interface]) == 0
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["Other machines can send mails here, too: -i 127.0.0.1 keeps them out"]
+
+
+@pytest.mark.usefixtures("stopper")
 def test_main_tells_what_clients_may_trust(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,6 +73,27 @@ def test_all_addresses_of_a_name_share_one_port(
     assert handler.contents == [MAIL, MAIL]
 
 
+@pytest.mark.parametrize("interface", ["127.0.0.1", "::1", "localhost"])
+def test_a_loopback_interface_is_for_this_machine_alone(interface: str) -> None:
+    with Listener(Handler(), Options(interface=interface, port=0)) as listener:
+        assert listener.is_local
+
+
+def test_the_ipv6_address_of_all_interfaces_is_for_both_families_and_peers_look_as_they_are() -> (
+    None
+):
+    peers: list[str] = []
+
+    async def keep_peer(_server: object, session: Any, _envelope: object) -> None:
+        peers.append(session.peer[0])
+
+    with Listener(Handler(keep_peer), Options(interface="::", port=0)) as listener:
+        assert not listener.is_local
+        send(listener.port, host="127.0.0.1")
+        send(listener.port, host="::1")
+    assert peers == ["127.0.0.1", "::1"]
+
+
 def test_the_thread_ends_with_the_block(handler: Handler) -> None:
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("dsmtpd")]
