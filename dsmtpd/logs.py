@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from copy import copy
 from functools import lru_cache
 
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
@@ -18,9 +19,31 @@ class Formatter(logging.Formatter):
     Where no mail is stored, that is worth 8 %.
     """
 
-    def formatTime(self, record: logging.LogRecord, _datefmt: str | None = None) -> str:
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002
         """Return the local time of *record*, with milliseconds."""
         return f"{_local_time(int(record.created))},{int(record.msecs):03}"
+
+
+class TerminalFormatter(Formatter):
+    """Formats records for the eye: time and peer dim, the subject bold, what is wrong in colour."""
+
+    _COLOURS = {"WARNING": 33, "ERROR": 31}  # noqa: RUF012  # a constant
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Return the local time of *record*, with milliseconds."""
+        return _styled(2, super().formatTime(record, datefmt))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return *record* as a line; a mail's has its peer and its subject by name."""
+        shown = copy(record)
+        if isinstance(record.args, dict) and {"peer", "subject"} <= record.args.keys():
+            peer, subject = _styled(2, record.args["peer"]), _styled(1, record.args["subject"])
+            shown.args = {**record.args, "peer": peer, "subject": subject}
+        elif isinstance(record.args, tuple) and record.msg.startswith("%s: "):
+            shown.args = (_styled(2, record.args[0]), *record.args[1:])
+        if colour := self._COLOURS.get(record.levelname):
+            shown.levelname = _styled(colour, record.levelname)
+        return super().format(shown)
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] before 3.11
@@ -55,6 +78,17 @@ def _local_time(second: int) -> str:
     return time.strftime(Formatter.default_time_format, time.localtime(second))
 
 
+def _styled(number: int, text: object) -> str:
+    """Return *text* in the style of that *number* (ECMA-48, section 8.3.117)."""
+    return f"\x1b[{number}m{text}\x1b[0m"
+
+
+def _is_terminal() -> bool:
+    """Tell whether stderr is a terminal that may show colours (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not plain and sys.stderr.isatty()
+
+
 def configure() -> None:
     """Send the records of INFO and above to stderr, unless logging has been set up already."""
     if sys.stderr is None:
@@ -62,7 +96,7 @@ def configure() -> None:
         # with it what the interpreter prints there: that file must not be a mail.
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the end
     handler = StderrHandler()
-    handler.setFormatter(Formatter(FORMAT))
+    handler.setFormatter((TerminalFormatter if _is_terminal() else Formatter)(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     # It warns of each reply to a client that has left.
     logging.getLogger("asyncio").setLevel(logging.ERROR)

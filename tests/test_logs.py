@@ -51,6 +51,53 @@ def test_a_record_has_the_time_that_logging_gives_it() -> None:
         assert ours.format(made) == theirs.format(made)
 
 
+def shown(level: int, text: str, *args: object) -> str:
+    """Return what a terminal gets behind the time of a record."""
+    record = logging.LogRecord("dsmtpd", level, __file__, 1, text, args, None)
+    time, line = logs.TerminalFormatter(logs.FORMAT).format(record).split("\x1b[0m ", 1)
+    assert re.fullmatch(r"\x1b\[2m\S+ \S+", time)
+    assert logs.Formatter(logs.FORMAT).format(record).endswith(re.sub(r"\x1b\[\d+m", "", line))
+    return line
+
+
+def test_on_a_terminal_what_matters_stands_out() -> None:
+    mail = {"peer": "::1", "mail_from": "a@x", "subject": "Hi"}
+    line = shown(logging.INFO, "%(peer)s: %(mail_from)s [%(subject)s]", mail)
+    assert line == "INFO: \x1b[2m::1\x1b[0m: a@x [\x1b[1mHi\x1b[0m]"
+    line = shown(logging.WARNING, "%s: %s", "::1", "text")
+    assert line == "\x1b[33mWARNING\x1b[0m: \x1b[2m::1\x1b[0m: text"
+    assert shown(logging.ERROR, "%s", "text") == "\x1b[31mERROR\x1b[0m: text"
+    assert shown(logging.INFO, "Cleaning up") == "INFO: Cleaning up"
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_terminal", "formatter"),
+    [
+        ({"TERM": "xterm"}, True, logs.TerminalFormatter),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, logs.TerminalFormatter),
+        ({"TERM": "xterm"}, False, logs.Formatter),
+        ({"TERM": "dumb"}, True, logs.Formatter),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, logs.Formatter),
+    ],
+)
+def test_only_a_terminal_that_may_show_colours_gets_them(
+    environment: dict[str, str],
+    formatter: type[logging.Formatter],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_terminal: bool,
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with root() as logger:
+        logs.configure()
+        assert type(logger.handlers[0].formatter) is formatter
+
+
 def test_asyncio_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with root():
         logs.configure()
