@@ -120,6 +120,7 @@ def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
         (f"FROM:<a@{'d' * 64}.x>", f"a@{'d' * 64}.x", [LABEL]),
         ("FROM:<a@-x.y>", "a@-x.y", [HYPHEN]),
         ("FROM:<a@x-.y>", "a@x-.y", [HYPHEN]),
+        ("FROM:<a@-x..y>", "a@-x..y", [ADDRESS]),
         ("FROM:<a@[256.0.0.1]>", "a@[256.0.0.1]", [LITERAL]),
         ("FROM:<a@[::1]>", "a@[::1]", [LITERAL]),
         ("FROM:<a@[IPv6:1::2::3]>", "a@[IPv6:1::2::3]", [LITERAL]),

@@ -88,6 +88,7 @@ def test_what_readers_need_is_shown_as_it_is(text: str) -> None:
         ("Votre réservation été".encode()[:-1], "Votre réservation ét\ufffd"),
         (b"caf\xe9 \x80", "café €"),
         (b"caf\xe9 \xc3\xa9", "caf\ufffd é"),
+        (b"=?utf-8-sig?q?a?= b =?utf-8-sig?q?c?=", "a b c"),
         (b"=?koi8-u?q?=D1?= =?koi8-u?q?=D1?=", "яя"),
         (b"=?x-1?q?a?= b =?x-2?q?a?= b =?utf-8?q?c?=", "=?x-1?q?a?= b =?x-2?q?a?= b c"),
     ],
