@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +55,10 @@ _AT_ONCE = 200e-6
 
 # How many deliveries may wait for the disk at the same time.
 _DELIVERIES = 32
+
+
+class _StorageError(Exception):
+    """Mails cannot be stored; the text names the folder and the reason."""
 
 
 class DsmtpdHandler:
@@ -161,7 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 _announce(options, listener, ca)
                 signal.sigwait(stopping)
-    except (UsageError, TLSError, ListenError) as error:
+    except UsageError as error:
+        with suppress(OSError):
+            print(f"dsmtpd: {printable(str(error))}", file=sys.stderr)  # noqa: T201
+        return 2
+    except (_StorageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
     log.info("Cleaning up")
@@ -191,12 +200,12 @@ def _stop_signals() -> Iterator[set[signal.Signals]]:
 
 @contextmanager
 def _storage(directory: str | None) -> Iterator[None]:
-    """Turn what is wrong with *directory* into bad usage."""
+    """Turn what is wrong with *directory* into an error that says so."""
     try:
         yield
     except OSError as error:
         reason = _reason(directory or "", error)
-        raise UsageError(f"Cannot store mails in {directory}: {reason}") from error
+        raise _StorageError(f"Cannot store mails in {directory}: {reason}") from error
 
 
 def _announce(options: Options, listener: Listener, ca: str | None) -> None:

@@ -40,6 +40,8 @@ Options:
   -h, --help                  Print this text and exit.
 """
 
+_POINTER = "(see dsmtpd --help)"
+
 # Options that mean nothing without another one.
 _NEEDS = {"--tls-cert": "--tls", "--tls-key": "--tls-cert", "--tls-ca": "--tls"}
 
@@ -59,6 +61,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     Raises `UsageError` for an argument that is unknown, given twice, incomplete or out of range.
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return _options(arguments)
+    except UsageError as error:
+        raise UsageError(f"{error} {_POINTER}") from None
+
+
+def _options(arguments: dict[str, Any]) -> Options:
     for option, needed in _NEEDS.items():
         if arguments[option] is not None and arguments[needed] is None:
             raise UsageError(f"{option} needs {needed}")
@@ -85,7 +94,7 @@ def _parse(argv: list[str]) -> dict[str, Any]:
         finally:
             print(end="", flush=True)  # noqa: T201  # learn whether docopt's text can be written
     except DocoptExit as error:
-        raise UsageError(f"{_complaint(error, argv)} (see dsmtpd --help)") from None
+        raise UsageError(f"{_complaint(error, argv)} {_POINTER}") from None
     except OSError as error:
         # Python would fail on it once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,7 +111,16 @@ def _complaint(error: DocoptExit, argv: list[str]) -> str:
     if line.startswith("-"):
         return line
     count = next(count for count in reversed(range(len(argv))) if _can_parse(argv[:count]))
-    return f"Unexpected argument: {argv[count]!r}"
+    return f"Unexpected argument: {argv[count]!r}{_hint(argv[count].partition('=')[0])}"
+
+
+def _hint(option: str) -> str:
+    """Return which option a mistyped *option* is like."""
+    from difflib import get_close_matches  # noqa: PLC0415  # slow to import
+
+    options = re.findall(r"--[a-z0-9-]+", USAGE)
+    meant = [] if option in options else get_close_matches(option, options, 1)
+    return "".join(f"; perhaps {name} was meant" for name in meant)
 
 
 def _can_parse(argv: list[str]) -> bool:

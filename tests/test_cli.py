@@ -56,15 +56,21 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--foo"], "Unexpected argument: '--foo' (see dsmtpd --help)"),
-        (["-x"], "Unexpected argument: '-x' (see dsmtpd --help)"),
-        (["-p", "1", "spam"], "Unexpected argument: 'spam' (see dsmtpd --help)"),
-        (["-p", "1", "--port=2"], "Unexpected argument: '--port=2' (see dsmtpd --help)"),
-        (["spam", "-p", "1"], "Unexpected argument: 'spam' (see dsmtpd --help)"),
-        (["--no\nsuch"], r"Unexpected argument: '--no\nsuch' (see dsmtpd --help)"),
-        (["-p"], "-p requires argument (see dsmtpd --help)"),
-        (["-d", "x", "--port"], "--port requires argument (see dsmtpd --help)"),
-        (["--version=1"], "--version must not have an argument (see dsmtpd --help)"),
+        (["--foo"], "Unexpected argument: '--foo'"),
+        (["-x"], "Unexpected argument: '-x'"),
+        (["--prot=25"], "Unexpected argument: '--prot=25'; perhaps --port was meant"),
+        (["--directry", "x"], "Unexpected argument: '--directry'; perhaps --directory was meant"),
+        (
+            ["--tls-cerificate=x"],
+            "Unexpected argument: '--tls-cerificate=x'; perhaps --tls-cert was meant",
+        ),
+        (["-p", "1", "spam"], "Unexpected argument: 'spam'"),
+        (["-p", "1", "--port=2"], "Unexpected argument: '--port=2'"),
+        (["spam", "-p", "1"], "Unexpected argument: 'spam'"),
+        (["--no\nsuch"], r"Unexpected argument: '--no\nsuch'"),
+        (["-p"], "-p requires argument"),
+        (["-d", "x", "--port"], "--port requires argument"),
+        (["--version=1"], "--version must not have an argument"),
         (["-p", "70000"], "--port: '70000' is not a port from 0 to 65535"),
         (["-p", "65536"], "--port: '65536' is not a port from 0 to 65535"),
         (["-p", "-1"], "--port: '-1' is not a port from 0 to 65535"),
@@ -79,7 +85,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-i", ""], "--interface: '' is not a host"),
         (["--tls", "yes"], "--tls: 'yes' is neither starttls nor implicit"),
         (["--tls", ""], "--tls: '' is neither starttls nor implicit"),
-        (["--tls"], "--tls requires argument (see dsmtpd --help)"),
+        (["--tls"], "--tls requires argument"),
         (["--tls-cert", "x"], "--tls-cert needs --tls"),
         (["--tls-ca", "x"], "--tls-ca needs --tls"),
         (["--tls", "starttls", "--tls-key", "x"], "--tls-key needs --tls-cert"),
@@ -96,7 +102,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_usage_is_told_in_one_line(argv: list[str], line: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_args(argv)
-    assert str(raised.value) == line
+    assert str(raised.value) == f"{line} (see dsmtpd --help)"
 
 
 def test_version_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:

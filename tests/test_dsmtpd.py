@@ -608,10 +608,14 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_bad_usage_is_exit_code_2(caplog: pytest.LogCaptureFixture) -> None:
-    assert main(["--port", "x"]) == 2
+def test_bad_usage_is_a_line_without_a_time_and_exit_code_2(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--port", "x\n"]) == 2
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
-    assert caplog.messages == ["--port: 'x' is not a port from 0 to 65535"]
+    assert caplog.messages == []
+    line = r"--port: 'x\n' is not a port from 0 to 65535 (see dsmtpd --help)"
+    assert capsys.readouterr().err == f"dsmtpd: {line}\n"
 
 
 def test_an_unusable_maildir_is_exit_code_2(

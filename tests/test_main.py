@@ -96,10 +96,6 @@ def test_ipv6_is_shown_in_brackets(start: Start) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--frobnicate"], "Unexpected argument: '--frobnicate' (see dsmtpd --help)"),
-        (["--port"], "--port requires argument (see dsmtpd --help)"),
-        (["--port=70000"], "--port: '70000' is not a port from 0 to 65535"),
-        (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
         (
             ["-d", "/dev/null"],
             "Cannot store mails in /dev/null: Not a directory",
@@ -123,6 +119,21 @@ def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
 ) -> None:
     # Had it tried to listen first, that would have been told.
     assert start("-i", "no.such.interface.invalid", *arguments).failure() == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--frobnicate"], "Unexpected argument: '--frobnicate'"),
+        (["--port"], "--port requires argument"),
+        (["--port=70000"], "--port: '70000' is not a port from 0 to 65535"),
+        (["-s", "-5"], "--max-size: '-5' is not a number of bytes, 0 or more"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    start: Start, arguments: list[str], line: str
+) -> None:
+    assert start(*arguments).end() == (2, [f"dsmtpd: {line} (see dsmtpd --help)"])
 
 
 @pytest.mark.parametrize(
