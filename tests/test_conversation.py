@@ -406,6 +406,13 @@ def test_recipients_of_more_than_a_mebibyte_are_refused() -> None:
     assert whole.codes == [250, 250, *[501] * 2048, 452]
 
 
+def test_a_client_with_a_token_logs_in_without_showing_it() -> None:
+    whole = ask("AUTH XOAUTH2 dXNlcj1hQHgBYXV0aD1CZWFyZXIgdG9rAQE=")
+    assert (whole.lines, whole.others) == ([SUCCESS], [login("a@x", "XOAUTH2")])
+    whole = ask("AUTH CRAM-MD5", b64("tim b913a602c7eda7a495b4e6e7334d3890"))
+    assert (whole.codes, whole.others) == ([334, 235], [login("tim", "CRAM-MD5")])
+
+
 def assert_keeps_secrets(whole: Outcome) -> None:
     for secret in ("secret", PASSWORD, PLAIN):
         assert secret not in repr(whole)
