@@ -55,7 +55,7 @@ _BEYOND_ASCII = re.compile(rb"[^\x00-\x7f]")
 # carriage returns count; a line of an mbox file, which no header has, is passed over.
 _EOL = rb"(?:\r*\n|\r)"
 _MBOX = rb"(?:>?From [^\r\n]*" + _EOL + rb")*"
-_BODY = rb"([^\r\n]*(?:" + _EOL + rb"[ \t][^\r\n]*)*)"
+_BODY = rb"([^\r\n]*(?:\r*\n[ \t][^\r\n]*|\r[ \t][^\r\n]*)*)"
 _FIELD = re.compile(_MBOX + rb"([!-9;-~]+)[ \t]*:" + _BODY + rb"(?:" + _EOL + rb"|\Z)")
 _FOLD = re.compile(_EOL + rb"[ \t]+")
 
