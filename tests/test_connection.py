@@ -232,23 +232,6 @@ def test_the_server_that_stops_is_no_loss_of_the_client(
     assert troubles(caplog) == []
 
 
-def test_a_warning_is_told_of_a_client_that_does_not_read(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def run() -> None:
-        wire = Wire(Handler())
-        wire.hold_little()
-        await wire.open()
-        await wire.fill(HELP * 100, MOST)
-        clock.ahead += 301
-        await turns(6)
-        assert wire.session not in wire.service.clients
-        wire.socket.close()
-
-    clock.run_until_complete(run())
-    assert troubles(caplog) == [("WARNING", ": The client has sent nothing for 300 s")]
-
-
 @pytest.mark.parametrize(
     ("seconds", "count"), [(31, 20), (299, 1)], ids=["while it lasts", "right after it"]
 )
@@ -273,7 +256,9 @@ def test_a_client_is_not_cut_for_the_time_that_a_delivery_needs(
     assert codes(clock.run_until_complete(run())) == [220, 250, 250, 250, 354, 250, 250]
 
 
-def test_a_client_that_does_not_read_is_cut_at_last(clock: Clock) -> None:
+def test_a_client_that_does_not_read_is_cut_at_last_and_reported(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
         wire = Wire(Handler())
         wire.hold_little()
@@ -285,6 +270,7 @@ def test_a_client_that_does_not_read_is_cut_at_last(clock: Clock) -> None:
         wire.socket.close()
 
     clock.run_until_complete(run())
+    assert troubles(caplog) == [("WARNING", ": The client has sent nothing for 300 s")]
 
 
 # The end of the server.
