@@ -277,7 +277,7 @@ class Conversation:
         """Know nothing of the client, as at the beginning and after STARTTLS."""
         self._state = _COMMAND
         self._is_new = True  # The client has said nothing yet.
-        self._verb = b""  # of the last command that is known
+        self._verb = b""  # of the last command that is known, but for an AUTH that has succeeded
         self.host_name = ""
         self.extended: bool | None = None
         self.user: str | None = None
@@ -387,11 +387,8 @@ class Conversation:
             else:
                 self._respond(exchange, line)
         except (_Refusal, auth.AuthError) as refusal:
-            said = (
-                self._quoted(line) if exchange is None else f"A response to AUTH {self._mechanism}"
-            )
-            self._warn(f"{said} was refused: {refusal}")
-            self._answer(str(refusal))
+            said = f"A response to AUTH {self._mechanism}" if exchange else self._quoted(line)
+            self._refuse(said, str(refusal))
             if self._unknown_commands >= _UNKNOWN_COMMANDS:
                 self._close()
 
@@ -409,10 +406,13 @@ class Conversation:
             return f"AUTH {name}" if _MECHANISM.fullmatch(name) else "AUTH"
         if verb in self._COMMANDS:
             return line.decode("utf-8", "surrogateescape")
-        may_be_secret = self._verb == b"AUTH" and self.user is None
-        if may_be_secret or not verb.isalpha() or len(verb) > _SHOWN_LETTERS:
+        if self._verb == b"AUTH" or not verb.isalpha() or len(verb) > _SHOWN_LETTERS:
             return f"A line of {len(line):,} octets"
         return verb.decode()
+
+    def _refuse(self, said: str, reply: str) -> None:
+        self._warn(f"{said} was refused: {reply}")
+        self._answer(reply)
 
     def _warn(self, text: str) -> None:
         """Report *text*, unless there have been many such reports since the last mail."""
@@ -426,12 +426,13 @@ class Conversation:
         """Carry out and answer a command (RFC 5321, section 4.1.1)."""
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
+        command = self._COMMANDS.get(verb)
+        if command is not None:
+            self._verb = verb
         if len(line) > _LINE_OCTETS:
             raise _Refusal("500 5.5.6 The line is too long")
-        command = self._COMMANDS.get(verb)
         if command is None:
             raise self._unknown(verb)
-        self._verb = verb
         if len(line) > _USUAL_OCTETS and verb != b"AUTH":
             self._warn(f"Other servers may refuse this: a line of {len(line) + 2:,} octets")
         try:
@@ -490,8 +491,7 @@ class Conversation:
             raise _Refusal("502 5.5.1 STARTTLS is not offered")
         if self.unread:
             # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
-            text = "What was sent after STARTTLS, without waiting for the reply, is dropped"
-            self._warn(text)
+            self._warn("What was sent after STARTTLS, without waiting for the reply, is dropped")
             self._buffer, self._begin = b"", 0
         self._answer("220 Ready to start TLS")
         self._state = _HANDSHAKE
@@ -530,7 +530,7 @@ class Conversation:
         try:
             self._challenge(exchange, exchange.send(auth.decode(response)))
         except StopIteration as done:
-            self.user = str(done.value)
+            self.user, self._verb = str(done.value), b""
             text = f"{self.user} logged in by AUTH {self._mechanism}"
             self._actions.append(Report(text, warns=False))
             self._answer("235 2.7.0 Authentication successful")
@@ -616,8 +616,7 @@ class Conversation:
             self._arriving = None
             if content.is_too_large:
                 self._state = _COMMAND
-                self._warn(f"The mail {transaction} was refused: 552 Error: Too much mail data")
-                self._answer("552 Error: Too much mail data")
+                self._refuse(f"The mail {transaction}", "552 Error: Too much mail data")
             else:
                 self._state = _DELIVERY
                 paths = tuple(transaction.forward_paths)

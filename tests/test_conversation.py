@@ -966,6 +966,17 @@ def test_what_may_be_a_password_is_reported_as_its_length(offer: Offer, secret: 
     assert last.startswith("X was refused: 500 ")
 
 
+@pytest.mark.parametrize("refused", [["AUTH PLAIN " + "A" * 12_288], [LOGIN, "AUTH LOGIN"]])
+def test_a_password_after_any_auth_that_is_refused_is_not_shown(refused: list[str]) -> None:
+    whole = ask(*refused, "YXBw", "RSET", "X")
+    assert whole.refusals[-2].startswith("A line of 4 octets was refused: 500 ")
+    assert whole.refusals[-1].startswith("X was refused: 500 ")
+
+
+def test_an_unknown_command_after_a_login_is_shown() -> None:
+    assert ask(LOGIN, "XCLIENT x").refusals[0].startswith("XCLIENT was refused: 500 ")
+
+
 def test_a_response_that_is_refused_is_not_shown() -> None:
     whole = ask("AUTH LOGIN", USER, "secret!", "AUTH PLAIN", "secret")
     assert whole.refusals == (
