@@ -12,6 +12,8 @@ from functools import lru_cache
 
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
 
+_COLOURS = {"WARNING": 33, "ERROR": 31}
+
 
 class Formatter(logging.Formatter):
     """Formats records as `logging` does, but each second only once.
@@ -27,8 +29,6 @@ class Formatter(logging.Formatter):
 class TerminalFormatter(Formatter):
     """Formats records for the eye: time and peer dim, the subject bold, what is wrong in colour."""
 
-    _COLOURS = {"WARNING": 33, "ERROR": 31}  # noqa: RUF012  # a constant
-
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """Return the local time of *record*, with milliseconds."""
         return _styled(2, super().formatTime(record, datefmt))
@@ -39,9 +39,9 @@ class TerminalFormatter(Formatter):
         if isinstance(record.args, dict) and {"peer", "subject"} <= record.args.keys():
             peer, subject = _styled(2, record.args["peer"]), _styled(1, record.args["subject"])
             shown.args = {**record.args, "peer": peer, "subject": subject}
-        elif isinstance(record.args, tuple) and record.msg.startswith("%s: "):
+        elif isinstance(record.args, tuple) and record.args and str(record.msg).startswith("%s: "):
             shown.args = (_styled(2, record.args[0]), *record.args[1:])
-        if colour := self._COLOURS.get(record.levelname):
+        if colour := _COLOURS.get(record.levelname):
             shown.levelname = _styled(colour, record.levelname)
         return super().format(shown)
 

@@ -51,7 +51,7 @@ def test_a_record_has_the_time_that_logging_gives_it() -> None:
         assert ours.format(made) == theirs.format(made)
 
 
-def shown(level: int, text: str, *args: object) -> str:
+def shown(level: int, text: object, *args: object) -> str:
     """Return what a terminal gets behind the time of a record."""
     record = logging.LogRecord("dsmtpd", level, __file__, 1, text, args, None)
     time, line = logs.TerminalFormatter(logs.FORMAT).format(record).split("\x1b[0m ", 1)
@@ -68,6 +68,8 @@ def test_on_a_terminal_what_matters_stands_out() -> None:
     assert line == "\x1b[33mWARNING\x1b[0m: \x1b[2m::1\x1b[0m: text"
     assert shown(logging.ERROR, "%s", "text") == "\x1b[31mERROR\x1b[0m: text"
     assert shown(logging.INFO, "Cleaning up") == "INFO: Cleaning up"
+    assert shown(logging.INFO, "%s: as it is") == "INFO: %s: as it is"
+    assert shown(logging.ERROR, ValueError("x")) == "\x1b[31mERROR\x1b[0m: x"
 
 
 @pytest.mark.parametrize(
