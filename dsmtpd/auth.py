@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # RFC 4954, section 4: the longest line of an exchange, the command's included.
 LINE_OCTETS = 12288
 
-
 # The digest is in hexadecimal; whatever else comes may be a password.
 _CRAM_MD5 = re.compile(rb"([^\0]*) [0-9A-Fa-f]{32}")
 

@@ -212,9 +212,9 @@ def _line(content: bytes, place: int) -> int:
 
 
 def _with_place(what: str, pattern: re.Pattern[bytes], content: bytes) -> str:
-    """Return *what* with the line of the first match of *pattern*."""
-    match = pattern.search(content)
-    return what if match is None else f"{what}, first in line {_line(content, match.start())}"
+    """Return *what* with the line of the first match of *pattern*, of which there is one."""
+    first = next(pattern.finditer(content))
+    return f"{what}, first in line {_line(content, first.start())}"
 
 
 def _longest_line(content: bytes) -> int:

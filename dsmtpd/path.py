@@ -86,9 +86,10 @@ def parse(keyword: str, argument: str) -> Path | None:
         faults += _excesses(address)
     if _MALFORMED not in faults:
         faults += _domain_faults(address.rpartition("@")[2])
-    parameters = _parameters(rest) if rest else {}
-    words = [word.partition("=")[0].upper() for word in rest.split()]
-    faults += (f"{name} twice" for name in parameters if words.count(name) > 1)
+    words = [word.partition("=") for word in rest.split()]
+    keywords = [keyword.upper() for keyword, _, _ in words]
+    parameters = dict(zip(keywords, (value for _, _, value in words), strict=True))
+    faults += (f"{name} twice" for name in parameters if keywords.count(name) > 1)
     return Path(address.strip() or "<>", parameters, faults)
 
 
@@ -131,9 +132,3 @@ def _domain_faults(domain: str) -> Iterator[str]:
         yield f"a label of more than {_LABEL_OCTETS} octets"
     if any(label.startswith("-") or label.endswith("-") for label in labels):
         yield "a label with a hyphen at its end"
-
-
-def _parameters(text: str) -> dict[str, str]:
-    """Return the values of the parameters in *text*, by their keywords in capitals."""
-    pairs = (word.partition("=") for word in text.split())
-    return {word.upper(): value for word, _, value in pairs}

@@ -42,9 +42,10 @@ _CHARSETS = {
     "x_sjis": "cp932",
 }
 _CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
+_KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
+
 # The bits of the last two code points of each plane, which never become characters.
 _NONCHARACTER = 0xFFFE
-_KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
 
 def endpoint(address: Any) -> str:
@@ -86,7 +87,7 @@ def decoded(value: bytes) -> str:
     """Return the *value* of a header field as text.
 
     Octets are UTF-8 if any two of them are, else windows-1252. Broken encoded words stay as they
-    were sent. One charset that nobody knows is looked up, since Python remembers that for ever.
+    were sent. Of the unknown charsets only one is looked up: Python remembers each for ever.
     """
     text = value.decode("utf-8", "replace")
     if "\ufffd" in text and all(c < "\x80" or c == "\ufffd" for c in text):
@@ -129,7 +130,7 @@ def _octets(word: re.Match[str]) -> bytes:
 
 
 def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
-    """Return *octets* as text; keep in *unknown* what has been looked up in vain."""
+    """Return *octets* as text; keep in *unknown* the one codec that may be looked up."""
     if codec not in _KNOWN and codec not in unknown:
         if unknown:
             raise LookupError(codec)
