@@ -1,4 +1,4 @@
-"""What arrived, as a frozen record: the envelope, the peer and the content."""
+"""What arrived, as a frozen record, and what other servers may refuse of it."""
 
 from __future__ import annotations
 
