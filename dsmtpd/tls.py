@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import ssl
+import stat
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 from typing import IO, TYPE_CHECKING, NoReturn
+
+from dsmtpd import signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +31,9 @@ _REASONS = {
     "WRONG_VERSION_NUMBER": "the client speaks plain text",
     "UNSUPPORTED_PROTOCOL": "the client speaks nothing newer than TLS 1.1",
 }
+
+
+_NOT_REGULAR = "Not a regular file"
 
 
 class TLSError(Exception):
@@ -128,6 +135,9 @@ def failure(error: ssl.SSLError) -> str:
 
 def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     """Load the certificate of the file *cert*, with its key of the file *key*, or of the same."""
+    for path in filter(None, (cert, key)):
+        if _is_special(Path(path)):
+            raise TLSError(f"Cannot use {path}: {_NOT_REGULAR}")
 
     def no_password() -> NoReturn:
         # Without it, OpenSSL would ask for one at the terminal.
@@ -138,6 +148,15 @@ def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
     except OSError as error:
         path, reason = _fault(cert, key or cert, error)
         raise TLSError(f"Cannot use {path}: {reason}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether *path* is a FIFO, a socket or a device, on which one may wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
@@ -169,7 +188,8 @@ def _generate(context: ssl.SSLContext, interface: str) -> bytes:
     names = dict.fromkeys(("localhost", "127.0.0.1", "::1", gethostname(), interface))
     generated = ca.issue_cert(*(name for name in names if _can_be_certified(ca, name)))
     try:
-        generated.configure_cert(context)  # by way of a temporary file
+        with signals.blocked():  # It goes by way of a temporary file.
+            generated.configure_cert(context)
     except OSError as error:
         raise TLSError(f"Cannot make a certificate: {error.strerror}") from error
     return ca.cert_pem.bytes()
@@ -192,7 +212,28 @@ def _can_be_certified(ca: trustme.CA, name: str) -> bool:
 
 
 def _write(file: Path, pem: bytes) -> None:
-    """Write the CA to *file*, but never over somebody else's work."""
-    if file.is_file() and (content := file.read_bytes()) and not content.startswith(_MARK):
-        raise TLSError(f"Cannot write the CA to {file}: It has been written by another program")
-    file.write_bytes(pem)
+    """Write the CA to a new file and move it to *file*, but never over somebody else's work."""
+    with suppress(FileNotFoundError):
+        if fault := _fault_of_ca(file, file.lstat()):
+            raise TLSError(f"Cannot write the CA to {file}: {fault}")
+    draft = file.with_name(f"{file.name}.{os.urandom(4).hex()}")
+    try:
+        with draft.open("xb") as new:
+            new.write(pem)
+        draft.replace(file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _fault_of_ca(file: Path, status: os.stat_result) -> str | None:
+    """Return why *file*, which exists, must not be replaced with a CA."""
+    if status.st_uid != os.geteuid():
+        return "It belongs to another user"
+    if _is_special(file):
+        return _NOT_REGULAR
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        return None  # A link is replaced. A folder cannot be.
+    if file.read_bytes().startswith(_MARK):
+        return None
+    return "It has been written by another program"

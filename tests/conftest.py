@@ -25,11 +25,17 @@ def start() -> Iterator[Callable[..., Daemon]]:
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
     """Undo what `main` sets for its process, and heed SIGINT even where a script runs the tests."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    handlers = {
+        number: signal.signal(number, default)
+        for number, default in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGHUP, signal.SIG_DFL),
+        )
+    }
     levels = {name: logging.getLogger(name).level for name in (None, "asyncio")}
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
+import os
 import re
 import resource
 import smtplib
@@ -815,11 +817,72 @@ def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trust
     with ca_file(b"ca", str(file)):
         content = ca.cert_pem.bytes() + file.read_bytes()
     file.write_bytes(content)
-    with (
-        pytest.raises(TLSError, match=r"It has been written by another program$"),
-        ca_file(b"ca", str(file)),
-    ):
+    assert refusal_of_ca(file) == "It has been written by another program"
+    assert file.read_bytes() == content
+
+
+def refusal_of_ca(file: Path) -> str:
+    """Return why no CA is written to *file*."""
+    with pytest.raises(TLSError) as raised, ca_file(b"ca", str(file)):
         pass
+    line = str(raised.value)
+    assert line.startswith(f"Cannot write the CA to {file}: ")
+    return line.rpartition(": ")[2]
+
+
+@pytest.mark.parametrize("content", [b"theirs", None])
+def test_a_link_is_replaced_by_the_ca_and_not_followed(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    link, target = tmp_path / "ca.pem", tmp_path / "target"
+    link.symlink_to(target)
+    if content is not None:
+        target.write_bytes(content)
+    with ca_file(b"ca", str(link)):
+        assert not link.is_symlink()
+        assert link.read_bytes().endswith(b"\nca")
+    assert (target.read_bytes() if target.exists() else None) == content
+
+
+def test_a_file_of_another_user_is_not_used_for_the_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "ca.pem", tmp_path / "link"
+    file.touch()
+    link.symlink_to(tmp_path / "none")
+    us = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: us + 1)
+    assert refusal_of_ca(file) == refusal_of_ca(link) == "It belongs to another user"
+    assert file.read_bytes() == b""
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_fifo_is_not_waited_for(tmp_path: Path, *, is_link: bool) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    if is_link:
+        fifo = tmp_path / "link"
+        fifo.symlink_to("fifo")
+    assert refusal_of_ca(fifo) == "Not a regular file"
+    line = f"Cannot use {fifo}: Not a regular file"
+    assert refusal(tls_cert=str(fifo)) == line
+    assert refusal(tls_cert=__file__, tls_key=str(fifo)) == line
+
+
+def test_a_ca_that_cannot_be_written_in_full_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ca.pem"
+    with ca_file(b"one", str(file)):
+        content = file.read_bytes()
+
+    def replace(_path: Path, _to: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    assert refusal_of_ca(file) == "No space left on device"
+    assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == content
 
 
@@ -829,9 +892,7 @@ def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trust
 def test_a_ca_file_that_cannot_be_written_is_reported_in_one_line(
     path: str, reason: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(TLSError) as raised, ca_file(b"ca", str(tmp_path / path)):
-        pass
-    assert str(raised.value) == f"Cannot write the CA to {tmp_path / path}: {reason}"
+    assert refusal_of_ca(tmp_path / path) == reason
 
 
 def refusal(**options: str) -> str:

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from dsmtpd import signals
+
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def mask() -> set[int | signal.Signals]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_at_first_every_signal_ends_the_process_as_the_system_does_it() -> None:
+    signals.end_at_once()
+    assert {signal.getsignal(number) for number in STOPPING} == {signal.SIG_DFL}
+
+
+def test_a_sigint_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.end_at_once()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_blocked_signal_is_not_lost(number: signal.Signals) -> None:
+    with signals.blocked() as blocked:
+        assert blocked == STOPPING == mask()
+        signal.raise_signal(number)
+        signals.wait(blocked)
+    assert mask() == set()
+
+
+def test_threads_leave_the_signals_to_who_waits() -> None:
+    masks = []
+    with signals.blocked():
+        thread = threading.Thread(target=lambda: masks.append(mask()))
+        thread.start()
+        thread.join()
+    assert masks == [STOPPING]
+
+
+def test_once_a_signal_has_come_the_next_ones_are_ignored() -> None:
+    with signals.blocked() as blocked:
+        signal.raise_signal(signal.SIGTERM)
+        signals.wait(blocked)
+        for number in STOPPING:
+            signal.raise_signal(number)
+    for number in STOPPING:
+        signal.raise_signal(number)
+    # Any of them would have ended the tests.
+    assert signal.sigpending() == set()
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
+    number: signal.Signals,
+) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with signals.blocked() as blocked:
+        assert blocked == STOPPING - {number} == mask()
