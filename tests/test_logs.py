@@ -5,13 +5,16 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from dsmtpd import logs
+from tests.tools import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,6 +140,58 @@ def test_a_pipe_without_a_reader_drops_records_and_leaves_nothing_to_flush(buffe
         logging.shutdown([weakref.ref(handler)])
         # Had the record stayed in the buffer, this would raise BrokenPipeError.
         stream.flush()
+
+
+def full_pipe() -> tuple[int, int]:
+    """Return the ends of a pipe that takes nothing more until it is read."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for piece in (b"x" * 4096, b"x"):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, piece)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+@pytest.mark.parametrize("text", ["short", "long " * 10_000])
+def test_who_reads_late_gets_every_line(text: str) -> None:
+    reader, writer = full_pipe()
+    with os.fdopen(reader, "rb") as pipe, os.fdopen(writer, "w", encoding="utf-8") as stream:
+        handler = logs.StderrHandler(stream)
+        thread = threading.Thread(target=handler.emit, args=(record(text),))
+        thread.start()
+        read = b""
+        while not read.endswith(b"\n"):
+            read += pipe.read1(4096)
+        thread.join(PATIENCE)
+    assert read.lstrip(b"x").decode() == f"{text}\n"
+
+
+def test_at_the_end_what_nobody_reads_is_dropped_within_a_second() -> None:
+    reader, writer = full_pipe()
+    with os.fdopen(reader, "rb"), os.fdopen(writer, "w") as stream, root() as logger:
+        logger.addHandler(handler := logs.StderrHandler(stream))
+        logger.addHandler(logging.NullHandler())
+        thread = threading.Thread(target=handler.emit, args=(record("dropped"),))
+        thread.start()
+        # There is no event for what must not happen: that it gives up before the end.
+        thread.join(2 * logs.LAST)
+        assert thread.is_alive()
+        begin = time.monotonic()
+        logs.hurry()
+        for _ in range(100):
+            handler.emit(record("dropped"))
+        thread.join(PATIENCE)
+        assert logs.LAST <= time.monotonic() - begin < 2 * logs.LAST
+
+
+def test_what_can_be_written_at_the_end_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    with root():
+        logs.configure()
+        logs.hurry()
+        logging.getLogger("dsmtpd").info("the last")
+    assert capfd.readouterr().err.endswith(" INFO: the last\n")
 
 
 def test_a_mistake_in_a_record_is_still_told(capsys: pytest.CaptureFixture[str]) -> None:
