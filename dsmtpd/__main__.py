@@ -1,5 +1,15 @@
-"""Runs the command as `python -m dsmtpd`."""
+"""Starts the command: sees to the signals, and only then loads the rest of it."""
 
-from dsmtpd._dsmtpd import main
+from dsmtpd import signals
 
-raise SystemExit(main())
+
+def main() -> int:
+    """Run the command with the arguments of this process; return its exit code."""
+    signals.end_at_once()
+    from dsmtpd._dsmtpd import main  # noqa: PLC0415  # it takes most of the start
+
+    return main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -6,21 +6,22 @@ import asyncio
 import errno
 import logging
 import os
-import signal
+import resource
 import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dsmtpd import __version__, logs
+from dsmtpd import __version__, logs, signals
 from dsmtpd.cli import UsageError, parse_args
 from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
 from dsmtpd.message import CHECKED_OCTETS, Message
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
-from dsmtpd.server import Listener, ListenError
+from dsmtpd.server import Listener, ListenError, StopError
 from dsmtpd.text import endpoint, printable
 from dsmtpd.tls import TLSError, ca_file
 
@@ -150,22 +151,13 @@ def _show(message: Message) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv*, by default those of the process.
 
-    Returns its exit code: 0 after SIGINT or SIGTERM, 1 when it cannot listen, 2 when the arguments
-    cannot be carried out. `--help` and `--version` raise `SystemExit`.
+    Returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, which the process then ignores, as it
+    is to end; 1 when it cannot listen, 2 when the arguments cannot be carried out. `--help` and
+    `--version` raise `SystemExit`.
     """
     logs.configure()
     try:
-        with _stop_signals() as stopping:
-            options = parse_args(argv)
-            with _storage(options.directory):
-                handler = DsmtpdHandler(options.directory)
-            with (
-                Listener(handler, options) as listener,
-                # Not before it listens: the clients of another dsmtpd may need the file.
-                ca_file(listener.ca, options.tls_ca) as ca,
-            ):
-                _announce(options, listener, ca)
-                signal.sigwait(stopping)
+        _serve(parse_args(argv))
     except UsageError as error:
         with suppress(OSError):
             print(f"dsmtpd: {printable(str(error))}", file=sys.stderr)  # noqa: T201
@@ -173,29 +165,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_StorageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
+    except StopError as error:
+        log.error("%s: dsmtpd ends without it", error)
+        log.info("Cleaning up")
+        logging.shutdown()
+        os._exit(0)  # An exit in order would wait for the disk, too.
     log.info("Cleaning up")
     return 0
 
 
-@contextmanager
-def _stop_signals() -> Iterator[set[signal.Signals]]:
-    """Block the signals that ask the process to stop; lend their numbers, for `sigwait`.
+def _serve(options: Options) -> None:
+    """Serve clients until a signal asks to stop."""
+    _raise_file_limit()
+    # Until then, a signal ends the process at once, however long a folder or a resolver takes.
+    with _storage(options.directory):
+        handler = DsmtpdHandler(options.directory)
+        if handler.maildir is not None:
+            handler.maildir.clean()
+    listener = Listener(handler, options)
+    with (
+        signals.blocked() as stopping,
+        listener,
+        # Not before it listens: the clients of another dsmtpd may need the file.
+        ca_file(listener.ca, options.tls_ca) as ca,
+    ):
+        _run_beside(partial(_announce, options, listener, ca))
+        signals.wait(stopping)
+        logs.hurry()
 
-    This way none gets lost, whenever and to whichever thread it is sent, and a repeated one, as
-    some runners send it, cannot disturb the end. What the process was started to ignore, as a
-    script's `dsmtpd &` ignores SIGINT, stays ignored. Only when the work fails are they unblocked.
-    """
-    stopping = {
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+
+def _raise_file_limit() -> None:
+    """Have the system let this process open as many files as it may; each client takes one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS says "unlimited", and does not mean it.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _run_beside(work: Callable[[], None]) -> None:
+    """Do *work* in a thread that nobody waits for, where the system grants one."""
     try:
-        yield stopping
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
-        raise
+        Thread(target=work, daemon=True).start()
+    except RuntimeError:
+        work()
 
 
 @contextmanager
@@ -224,11 +235,13 @@ def _announce(options: Options, listener: Listener, ca: str | None) -> None:
         log.warning("Other machines can send mails here, too: -i 127.0.0.1 keeps them out")
     if options.directory is None:
         return
-    # Not before it listens: a hundred thousand mails take as long as the start.
-    with _storage(options.directory):
-        mails = count_mails(options.directory)
-    if mails:
-        log.info("Found a Maildir storage with %d mails", mails)
+    try:
+        # Not before it listens: a hundred thousand mails take as long as the start.
+        if mails := count_mails(options.directory):
+            log.info("Found a Maildir storage with %d mails", mails)
+    except OSError as error:
+        reason = _reason(options.directory, error)
+        log.warning("%s", printable(f"Cannot count the mails in {options.directory}: {reason}"))
     log.info("Storing the incoming emails into %s", printable(options.directory))
 
 

@@ -6,6 +6,8 @@ import errno
 import mailbox
 import os
 import socket
+import stat
+import threading
 import time
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,6 +21,19 @@ FOLDERS = ("tmp", "new", "cur")
 
 # Like other Maildir software: mails are for their owner's eyes, unless they open the folders.
 _FOLDER_MODE = 0o700
+
+# What is needed, and what is said where it is missing; to be flushed, a folder has to be read.
+_RIGHTS = (
+    ("tmp", os.W_OK | os.X_OK, "Not writable"),
+    ("new", os.W_OK | os.X_OK, "Not writable"),
+    ("new", os.R_OK, "Not readable"),
+)
+
+# Seconds after which a file in tmp/ is what an interrupted delivery has left (Maildir(5)).
+_STALE = 36 * 3600
+
+# What the system says of folders that it cannot flush.
+_NOT_FLUSHED = {errno.EBADF, errno.EINVAL}
 
 # Of a large mail, so much is turned into its stored form at once.
 _PIECE = 256 * 1024
@@ -35,17 +50,22 @@ def is_maildir(path: str | os.PathLike[str]) -> bool:
 def ensure_maildir(path: str | os.PathLike[str]) -> None:
     """Create the Maildir *path*, with its parents, or complete it; keep what is there.
 
-    Raises `OSError`, with the file name and the reason, when it cannot be one.
+    What is created survives a power cut. Raises `OSError`, with the file name and the reason, when
+    it cannot be a Maildir.
     """
+    folders = [Path(path, name) for name in ("", *FOLDERS)]
     try:
-        for name in ("", *FOLDERS):
-            Path(path, name).mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        missing = [folder for folder in (*folders[0].parents, *folders) if not folder.exists()]
+        for folder in folders:
+            folder.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        for parent in dict.fromkeys(folder.parent for folder in missing):
+            _flush(parent)
     except FileExistsError as error:
         reason = os.strerror(errno.ENOTDIR)
         raise NotADirectoryError(errno.ENOTDIR, reason, str(error.filename)) from None
-    for folder in (Path(path, "tmp"), Path(path, "new")):
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "Not writable", str(folder))
+    for name, needed, reason in _RIGHTS:
+        if not os.access(folder := Path(path, name), needed):
+            raise PermissionError(errno.EACCES, reason, str(folder))
 
 
 class Maildir(mailbox.Maildir):
@@ -70,14 +90,16 @@ class Maildir(mailbox.Maildir):
             ensure_maildir(folder)
         super().__init__(folder, factory, create=False)
         self._base = os.path.join(folder, "")  # noqa: PTH118
+        self._new = _SharedFlush(f"{self._base}new")
 
     def add(self, message: Any, *, head: bytes = b"") -> str:
         """Store *message* in new/ and return its key.
 
         Of bytes, the CRLF become LF, and nothing else changes; *head* is stored before them. The
         file is written in tmp/, flushed to the disk and moved, as Maildir(5) wants: no reader sees
-        half a mail. A Maildir that has disappeared is created again. Any thread of any process may
-        do this at the same time. Whatever else `mailbox.Maildir` accepts is stored as it does it.
+        half a mail. Then the folder is flushed, too: a power cut changes nothing any more. A
+        Maildir that has disappeared is created again. Any thread of any process may do this at the
+        same time. Whatever else `mailbox.Maildir` accepts is stored as it does it.
 
         Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
         """
@@ -94,8 +116,8 @@ class Maildir(mailbox.Maildir):
     def _deliver(self, head: bytes, content: bytes) -> str:
         # By the functions of `os`: all mails go this way, and `pathlib` takes twice as long.
         name = _unique_name()
-        draft, mail = f"{self._base}tmp/{name}", f"{self._base}new/{name}"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        path, mail = f"{self._base}tmp/{name}", f"{self._base}new/{name}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
                 for piece in _pieces(head, content):
@@ -104,12 +126,48 @@ class Maildir(mailbox.Maildir):
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            os.rename(draft, mail)  # noqa: PTH104
+            os.rename(path, mail)  # noqa: PTH104
+            path = mail
+            self._new.flush()
         except BaseException:
             with suppress(OSError):
-                os.unlink(draft)  # noqa: PTH108
+                os.unlink(path)  # noqa: PTH108
             raise
         return name
+
+    def clean(self) -> None:
+        """Remove the files in tmp/ that have not been accessed for 36 hours.
+
+        It is no trouble, as it is to the base class, when one is a folder, or has just vanished.
+        """
+        tmp = f"{self._base}tmp"
+        if os.path.islink(tmp):  # noqa: PTH114
+            return  # The files may be another's.
+        with suppress(OSError), os.scandir(tmp) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode) and time.time() - status.st_atime > _STALE:
+                        os.unlink(entry.path)  # noqa: PTH108
+
+
+class _SharedFlush:
+    """Flushes a folder to the disk; threads that want it at the same time share a flush."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._tickets = count(1)
+        self._last = self._flushed = 0  # tickets
+
+    def flush(self) -> None:
+        """Return when the folder's names of this moment are on the disk; raises `OSError`."""
+        mine = self._last = next(self._tickets)
+        with self._lock:
+            if mine > self._flushed:  # else the flush of another thread has begun since
+                last = self._last
+                _flush(self._folder)
+                self._flushed = last
 
 
 @contextmanager
@@ -136,6 +194,18 @@ def count_mails(path: str | os.PathLike[str]) -> int:
         for name in ("new", "cur")
         for entry in os.scandir(Path(path, name))
     )
+
+
+def _flush(folder: str | os.PathLike[str]) -> None:
+    """Have the disk keep the names in *folder*, where the system can do that; raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FLUSHED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _pieces(head: bytes, content: bytes) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ import selectors
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before 3.11
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,16 @@ _ALL = ["::", "0.0.0.0"]  # noqa: S104  # which the user has asked for
 # Seconds that the event loop waits awake.
 _AWAKE = 100e-6
 
+# Seconds that the end waits for deliveries, that is, for a disk that may hang.
+_END_PATIENCE = 5
+
 
 class ListenError(OSError):
     """The server cannot listen; the text names the interface, the port and the reason."""
+
+
+class StopError(Exception):
+    """The server cannot end in order, as a delivery does not; its thread lives on."""
 
 
 class Listener:
@@ -53,7 +61,7 @@ class Listener:
     the certificate in PEM of the CA that clients may trust, if it has been generated for TLS.
 
     Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
-    other clients.
+    other clients. It raises `StopError` when a delivery takes longer than 5 seconds.
     """
 
     host: str
@@ -61,20 +69,27 @@ class Listener:
     is_local: bool
 
     def __init__(self, handler: object, options: Options) -> None:
-        """Open nothing yet; raises `TLSError` when there is no certificate for TLS."""
+        """Do what may take long, but open nothing yet.
+
+        Raises `TLSError` when there is no certificate for TLS, and `ListenError` when there is no
+        such interface.
+        """
         self._options = options
         self._service = Service(handler, options)
         self.ca = self._service.ca
+        try:
+            self._hosts = _addresses(options.interface)
+        except (OSError, UnicodeError) as error:
+            raise self._refusal(error) from error
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that this cannot be."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
         try:
             self._controller = self._thread.submit(self._listen).result()
-        except (OSError, UnicodeError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             self._thread.shutdown()
-            where = f"{self._options.interface}, port {self._options.port}"
-            raise ListenError(f"Cannot listen on {where}: {_reason(error)}") from error
+            raise self._refusal(error) from error
         addresses = [listening.getsockname() for listening in self._controller.server.sockets]
         self.host, self.port = addresses[0][:2]
         hosts = (host.partition("%")[0] for host, *_ in addresses)
@@ -85,15 +100,22 @@ class Listener:
     def __exit__(self, *_: object) -> None:
         """Stop."""
         loop = self._controller.loop
+        draining = asyncio.run_coroutine_threadsafe(self._controller.drain(), loop)
         try:
-            asyncio.run_coroutine_threadsafe(self._controller.drain(), loop).result()
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.submit(loop.close).result()
-            self._thread.shutdown()
+            draining.result(_END_PATIENCE)
+        except FutureTimeoutError:
+            self._thread.shutdown(wait=False)
+            raise StopError(f"A mail has not been stored within {_END_PATIENCE} s") from None
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.submit(loop.close).result()
+        self._thread.shutdown()
+
+    def _refusal(self, error: OSError | UnicodeError | RuntimeError) -> ListenError:
+        where = f"{self._options.interface}, port {self._options.port}"
+        return ListenError(f"Cannot listen on {where}: {_reason(error)}")
 
     def _listen(self) -> _Controller:
-        controller = _Controller(self._service, self._options)
+        controller = _Controller(self._service, self._hosts, self._options.port)
         try:
             controller.begin()
         except BaseException:
@@ -123,10 +145,11 @@ class _Controller(UnthreadedController):
 
     server: asyncio.Server
 
-    def __init__(self, service: Service, options: Options) -> None:
+    def __init__(self, service: Service, hosts: list[str], port: int) -> None:
         loop = asyncio.SelectorEventLoop(_Selector())
         loop.set_exception_handler(self._report)
-        super().__init__(service.handler, options.interface, options.port, loop)
+        super().__init__(service.handler, hosts[0], port, loop)
+        self._hosts = hosts
         self._last_report, self._last_time = "", 0.0
         self._service = service
 
@@ -147,8 +170,7 @@ class _Controller(UnthreadedController):
 
     def _create(self, port: int) -> asyncio.Server:
         # Each family has a socket of its own, so that a peer's address looks as it is.
-        hosts = _ALL if self.hostname == _ALL[0] else [self.hostname]
-        creating = self.loop.create_server(self.factory, hosts, port, backlog=_ACCEPTS)
+        creating = self.loop.create_server(self.factory, self._hosts, port, backlog=_ACCEPTS)
         server = self.loop.run_until_complete(creating)
         for listening in server.sockets:
             with listening.dup() as same:
@@ -180,6 +202,13 @@ class _Controller(UnthreadedController):
         if report != self._last_report or loop.time() - self._last_time >= _QUIET:
             self._last_report, self._last_time = report, loop.time()
             log.error("%s", report)
+
+
+def _addresses(interface: str) -> list[str]:
+    """Return the addresses of *interface*, which may be a name; raises as `getaddrinfo` does."""
+    found = socket.getaddrinfo(interface, None, type=socket.SOCK_STREAM)
+    hosts = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    return _ALL if hosts[0] == _ALL[0] else hosts
 
 
 def _reason(error: OSError | UnicodeError | RuntimeError) -> str:

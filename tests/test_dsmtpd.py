@@ -29,13 +29,22 @@ from dsmtpd import __version__, _dsmtpd
 from dsmtpd._dsmtpd import DsmtpdHandler, main
 from dsmtpd.maildir import ensure_maildir
 from dsmtpd.server import Listener
-from tests.tools import FREE, MAIL, PATIENCE, begin_data, connect, envelope, reset, send, stored
+from tests.tools import (
+    FREE,
+    MAIL,
+    PATIENCE,
+    begin_data,
+    connect,
+    envelope,
+    on_flush,
+    reset,
+    send,
+    stored,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    from dsmtpd.options import Options
 
 SESSION = SimpleNamespace(peer=("127.0.0.1", 1234))
 
@@ -58,7 +67,7 @@ def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         nonlocal number
         number = with_number
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    on_flush(monkeypatch, fsync)
     return fail
 
 
@@ -157,7 +166,7 @@ def test_under_a_plain_controller_a_mail_that_is_shown_is_stored_though_its_clie
         rename(*paths)
         done.put(None)
 
-    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    on_flush(monkeypatch, lambda _: gate.pass_through())
     monkeypatch.setattr(os, "rename", rename_and_tell)
     with plain_controller(DsmtpdHandler(tmp_path)) as port:
         # More clients than there are threads: some deliveries wait for one, and could be dropped.
@@ -299,7 +308,7 @@ def test_a_slow_disk_blocks_no_other_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    on_flush(monkeypatch, lambda _: gate.pass_through())
     with (
         Listener(DsmtpdHandler(tmp_path), FREE) as listener,
         ExitStack() as clients,
@@ -340,7 +349,7 @@ def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at
         threads.append(threading.current_thread())
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(os, "fsync", fsync)
+    on_flush(monkeypatch, fsync)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         for _, octets, _ in mails:
             client.sendmail("a@x", ["b@x"], b"x" * octets)
@@ -389,7 +398,7 @@ def test_a_mail_that_waits_for_a_thread_that_cannot_be_had_is_stored_once(
 ) -> None:
     limit_threads(1)
     gate = Gate()
-    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    on_flush(monkeypatch, lambda _: gate.pass_through())
     with (
         Listener(DsmtpdHandler(tmp_path), FREE) as listener,
         connect(listener.port) as one,
@@ -414,7 +423,7 @@ def test_a_fault_in_a_thread_is_answered(
     def fsync(_: int) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    on_flush(monkeypatch, fsync)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         begin_data(client)
         client.send(MAIL + b".\r\n")
@@ -428,7 +437,7 @@ def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
 ) -> None:
     caplog.set_level(logging.INFO, "dsmtpd")
     gate = Gate()
-    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    on_flush(monkeypatch, lambda _: gate.pass_through())
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener:
         # More clients than there are threads: some deliveries have to queue.
         clients = [connect(listener.port) for _ in range(40)]
@@ -448,7 +457,7 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr(os, "fsync", lambda _: gate.pass_through())
+    on_flush(monkeypatch, lambda _: gate.pass_through())
     with ExitStack() as block, ThreadPoolExecutor(1) as pool:
         listener = block.enter_context(Listener(DsmtpdHandler(tmp_path), FREE))
         idle, client = connect(listener.port), connect(listener.port)
@@ -467,7 +476,10 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
 
 
 class Stopper(logging.Handler):
-    """Waits for the log to say that the server listens, sends a mail and then *number*."""
+    """Waits for the log to say that the server listens, sends a mail and then *number*.
+
+    Not before all has been logged that is logged at the start.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,11 +488,13 @@ class Stopper(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         match = re.search(r"at \S+:(\d+) size limit", record.getMessage())
         if match:
-            threading.Thread(target=self.act, args=(int(match[1]),)).start()
+            arguments = int(match[1]), threading.current_thread()
+            threading.Thread(target=self.act, args=arguments).start()
 
-    def act(self, port: int) -> None:
+    def act(self, port: int, announcing: threading.Thread) -> None:
         try:
             send(port)
+            announcing.join(PATIENCE)
         finally:
             signal.pthread_kill(threading.main_thread().ident or 0, self.number)
 
@@ -494,7 +508,7 @@ def stopper(caplog: pytest.LogCaptureFixture) -> Iterator[Stopper]:
     logging.getLogger("dsmtpd").removeHandler(handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_main_takes_mails_until_a_signal(
     tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture, number: signal.Signals
 ) -> None:
@@ -526,17 +540,18 @@ def test_an_empty_maildir_is_not_worth_a_line(
     assert f"Storing the incoming emails into {tmp_path}" in caplog.messages
 
 
-def test_a_maildir_that_cannot_be_read_is_exit_code_2(
+@pytest.mark.usefixtures("stopper")
+def test_mails_that_cannot_be_counted_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def scandir(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert main(["-p", "0", "-d", str(tmp_path)]) == 2
-    assert caplog.messages == [
-        f"Cannot store mails in {tmp_path}: Permission denied ({tmp_path}/new)"
-    ]
+    assert main(["-p", "0", "-d", str(tmp_path)]) == 0
+    reason = f"Permission denied ({tmp_path}/new)"
+    assert f"Cannot count the mails in {tmp_path}: {reason}" in caplog.messages
+    assert f"Storing the incoming emails into {tmp_path}" in caplog.messages
 
 
 @pytest.mark.usefixtures("stopper")
@@ -553,11 +568,18 @@ def test_an_interface_that_other_machines_reach_is_told_of(
 def test_main_tells_what_clients_may_trust(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ca, cert = tmp_path / "ca.pem", tmp_path / "a\x1bcert.pem"
+    ca = tmp_path / "a\x1bca.pem"
     assert main(["-p", "0", "--tls", "starttls", "--tls-ca", str(ca)]) == 0
-    assert f"TLS by STARTTLS, with a certificate of the CA in {ca}" in caplog.messages
+    shown = rf"{tmp_path}/a\x1bca.pem"
+    assert f"TLS by STARTTLS, with a certificate of the CA in {shown}" in caplog.messages
+
+
+@pytest.mark.usefixtures("stopper")
+def test_main_tells_which_certificate_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert = tmp_path / "a\x1bcert.pem"
     trustme.CA().issue_cert("x.test").private_key_and_cert_chain_pem.write_to_path(cert)
-    caplog.clear()
     assert main(["-p", "0", "--tls", "starttls", "--tls-cert", str(cert)]) == 0
     shown = rf"{tmp_path}/a\x1bcert.pem"
     assert f"TLS by STARTTLS, with the certificate in {shown}" in caplog.messages
@@ -584,35 +606,10 @@ def test_main_stores_nothing_unless_it_is_asked_to(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_that_comes_before_main_waits_for_it_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    parse_args = _dsmtpd.parse_args
-
-    def interrupted(argv: list[str]) -> Options:
-        signal.raise_signal(signal.SIGINT)
-        return parse_args(argv)
-
-    monkeypatch.setattr(_dsmtpd, "parse_args", interrupted)
-    assert main(["-p", "0"]) == 0
-
-
-@pytest.mark.usefixtures("stopper")
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        signal.raise_signal(signal.SIGINT)
-        assert main(["-p", "0"]) == 0
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGTERM}
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_bad_usage_is_a_line_without_a_time_and_exit_code_2(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--port", "x\n"]) == 2
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
     assert caplog.messages == []
     line = r"--port: 'x\n' is not a port from 0 to 65535 (see dsmtpd --help)"
     assert capsys.readouterr().err == f"dsmtpd: {line}\n"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
-from tests.tools import PATIENCE, stored
+from tests.tools import PATIENCE, on_flush, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,17 +92,25 @@ def test_what_is_no_folder_cannot_be_a_maildir(tmp_path: Path, place: str) -> No
     assert raised.value.filename.startswith(str(tmp_path / place))
 
 
-@pytest.mark.parametrize("name", ["tmp", "new"])
-@pytest.mark.parametrize("lacking", [os.W_OK, os.X_OK])
-def test_a_folder_that_cannot_be_written_to_is_named(
-    path: Path, name: str, lacking: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "lacking", "reason"),
+    [
+        ("tmp", os.W_OK, "Not writable"),
+        ("tmp", os.X_OK, "Not writable"),
+        ("new", os.W_OK, "Not writable"),
+        ("new", os.X_OK, "Not writable"),
+        ("new", os.R_OK, "Not readable"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(
+    path: Path, name: str, lacking: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Root may do everything; test_main has the system refuse it.
     def access(folder: Path, wanted: int) -> bool:
         return folder != path / name or not wanted & lacking
 
     monkeypatch.setattr(os, "access", access)
-    with pytest.raises(PermissionError, match="Not writable") as raised:
+    with pytest.raises(PermissionError, match=reason) as raised:
         Maildir(path)
     assert raised.value.filename == str(path / name)
 
@@ -295,9 +303,191 @@ def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
     def fsync(fd: int) -> None:
         seen.append((os.fstat(fd).st_size, list((path / "new").iterdir())))
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    on_flush(monkeypatch, fsync)
     maildir.add(b"body", head=b"head")
     assert seen == [(8, [])]
+
+
+@pytest.fixture
+def flushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Keep of each flush of a folder its path, and what is in it then."""
+    seen: list[tuple[str, list[str]]] = []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            folder = os.readlink(f"/dev/fd/{descriptor}")  # noqa: PTH115
+            seen.append((folder, sorted(os.listdir(folder))))  # noqa: PTH208
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return seen
+
+
+linux_only = pytest.mark.skipif(
+    not os.path.islink("/dev/stdin"),  # noqa: PTH114
+    reason="this system does not tell the path of a descriptor",
+)
+
+
+@linux_only
+def test_the_name_of_a_mail_is_flushed_too(
+    maildir: Maildir, path: Path, flushes: list[tuple[str, list[str]]]
+) -> None:
+    flushes.clear()
+    names = []
+    for _ in range(3):
+        names.append(maildir.add(b"x"))
+        assert flushes.pop() == (str(path / "new"), names)
+    assert flushes == []
+
+
+@linux_only
+def test_the_folders_of_a_new_maildir_are_flushed_and_no_others(
+    tmp_path: Path, flushes: list[tuple[str, list[str]]]
+) -> None:
+    ensure_maildir(tmp_path / "a" / "b")
+    assert sorted(flushes) == [
+        (str(tmp_path), ["a"]),
+        (str(tmp_path / "a"), ["b"]),
+        (str(tmp_path / "a" / "b"), ["cur", "new", "tmp"]),
+    ]
+    flushes.clear()
+    ensure_maildir(tmp_path / "a" / "b")
+    assert flushes == []
+
+
+def test_threads_that_flush_at_the_same_time_share_a_flush(
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, begun, may_end = os.fsync, threading.Semaphore(0), threading.Event()
+    moved = threading.Semaphore(0)
+    in_new: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            in_new.append(len(list((path / "new").iterdir())))
+            begun.release()
+            assert may_end.wait(PATIENCE)
+        flush(descriptor)
+
+    rename = os.rename
+
+    def rename_and_tell(*paths: str) -> None:
+        rename(*paths)
+        moved.release()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename_and_tell)
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(maildir.add, b"x")
+        assert begun.acquire(timeout=PATIENCE)
+        others = [pool.submit(maildir.add, b"x") for _ in range(8)]
+        for _ in range(9):
+            assert moved.acquire(timeout=PATIENCE)
+        assert not any(other.done() for other in others)
+        may_end.set()
+        for future in (first, *others):
+            future.result(PATIENCE)
+    # The first one's flush is none of the others', which may have come too late for it.
+    assert in_new[:2] == [1, 9]
+    assert len(in_new) < 9
+
+
+def test_a_folder_that_the_system_cannot_flush_is_no_failure(
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    maildir.add(b"x")
+    assert stored(path) == [b"x"]
+
+
+def test_a_mail_whose_name_cannot_be_flushed_is_not_stored(
+    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            maildir.add(b"x")
+    assert stored(path) == []
+    maildir.add(b"y")
+    assert stored(path) == [b"y"]
+
+
+@pytest.fixture
+def aged() -> Callable[[Path, float], Path]:
+    """Return a function that makes a file: it was just written, but accessed some hours ago."""
+
+    def make(file: Path, hours: float) -> Path:
+        file.touch()
+        os.utime(file, (time.time() - hours * 3600, time.time()))
+        return file
+
+    return make
+
+
+def test_what_interrupted_deliveries_have_left_is_removed_after_36_hours(
+    maildir: Maildir, path: Path, aged: Callable[[Path, float], Path]
+) -> None:
+    old, recent = aged(path / "tmp" / "old", 36.01), aged(path / "tmp" / "recent", 35.99)
+    maildir.clean()
+    assert (old.exists(), recent.exists()) == (False, True)
+
+
+def test_nothing_but_files_of_tmp_itself_is_removed(
+    maildir: Maildir, path: Path, tmp_path: Path, aged: Callable[[Path, float], Path]
+) -> None:
+    (path / "tmp" / "folder").mkdir()
+    kept = [
+        aged(path / name, 100)
+        for name in ("new/x", "cur/x", "x", "tmp/folder/x", "../x", "tmp/folder")
+    ]
+    link = path / "tmp" / "link"
+    link.symlink_to(tmp_path / "x")
+    os.utime(link, (0, 0), follow_symlinks=False)
+    maildir.clean()
+    assert all(file.exists() for file in (*kept, link))
+
+
+def test_a_tmp_that_is_another_folder_is_left_alone(
+    maildir: Maildir, path: Path, tmp_path: Path, aged: Callable[[Path, float], Path]
+) -> None:
+    (tmp_path / "another").mkdir()
+    (path / "tmp").rmdir()
+    (path / "tmp").symlink_to(tmp_path / "another")
+    file = aged(path / "tmp" / "x", 100)
+    maildir.clean()
+    assert file.exists()
+
+
+def test_a_file_that_cannot_be_removed_keeps_no_other(
+    maildir: Maildir,
+    path: Path,
+    aged: Callable[[Path, float], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unlink = os.unlink
+    failures = iter([FileNotFoundError, PermissionError])
+
+    def fail_at_first(file: str) -> None:
+        for failure in failures:
+            raise failure
+        unlink(file)
+
+    for name in ("a", "b", "c"):
+        aged(path / "tmp" / name, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail_at_first)
+        maildir.clean()
+    assert len(list((path / "tmp").iterdir())) == 2
+    shutil.rmtree(path / "tmp")
+    maildir.clean()
 
 
 @pytest.mark.parametrize("gone", [".", "tmp", "new"])
@@ -319,7 +509,7 @@ def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
         for folder in removals:
             shutil.rmtree(folder)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    on_flush(monkeypatch, fsync)
     maildir.add(b"x")
     assert stored(path) == [b"x"]
 
@@ -334,7 +524,7 @@ def test_a_failed_delivery_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
+        on_flush(patch, fsync)
         with pytest.raises(OSError, match="No space left"):
             maildir.add(b"x")
     assert len(tries) == 1
@@ -349,7 +539,7 @@ def test_the_first_of_two_failures_counts(
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", lambda _: fail(errno.EIO))
+    on_flush(monkeypatch, lambda _: fail(errno.EIO))
     monkeypatch.setattr(os, "unlink", lambda _: fail(errno.EROFS))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         maildir.add(b"x")

@@ -6,12 +6,16 @@ import os
 import runpy
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +23,17 @@ import pytest
 
 from dsmtpd import __version__
 from dsmtpd.maildir import ensure_maildir
-from tests.tools import MAIL, PATIENCE, RUN, Daemon, begin_data, connect, send, stored
+from tests.tools import (
+    MAIL,
+    PATIENCE,
+    RUN,
+    WARNINGS,
+    Daemon,
+    begin_data,
+    connect,
+    send,
+    stored,
+)
 
 # The whole time that the end may take, from the signal on.
 END_SECONDS = 2.0
@@ -62,7 +76,7 @@ def test_the_module_runs_the_command(
 
 
 @pytest.mark.parametrize("run", [RUN, [str(Path(sysconfig.get_path("scripts"), "dsmtpd"))]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_mail_is_logged_and_stored_until_a_signal_ends_the_command(
     start: Start, tmp_path: Path, run: list[str], number: signal.Signals
 ) -> None:
@@ -227,6 +241,145 @@ def test_clients_that_stay_do_not_delay_the_end(start: Start, tmp_path: Path, st
     for client in clients:
         assert client.getreply()[0] == 421
         client.close()
+
+
+def with_preparation(code: str) -> list[str]:
+    """Return the command, which first does what *code* says."""
+    start = "from dsmtpd.__main__ import main; sys.exit(main())"
+    return [sys.executable, *WARNINGS, "-c", f"import os, signal, sys\n{code}\n{start}"]
+
+
+# Sends a signal to the process when it has imported so many modules after the first ones of ours.
+INTERRUPT = """
+class Interrupter:
+    left = {left}
+    def find_spec(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), {number:d})
+import dsmtpd.signals
+sys.meta_path.insert(0, Interrupter())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("left", [2, 20, 60, 120, 180])
+def test_a_signal_at_the_start_ends_it_at_once_without_a_traceback(
+    start: Start, tmp_path: Path, number: signal.Signals, left: int
+) -> None:
+    run = with_preparation(INTERRUPT.format(left=left, number=number))
+    arguments = ["-p", "0", "-d", str(tmp_path), "--tls", "starttls"]
+    assert start(*arguments, run=run).end() == (-number, [])
+
+
+# A call of the system that never returns, but tells that it has begun.
+HANG = """
+def hang(*_, **__):
+    print("hangs", flush=True)
+    signal.sigwait([signal.SIGUSR1])
+"""
+
+
+def hangs(daemon: Daemon) -> bool:
+    """Wait until *daemon* is in such a call."""
+    assert daemon.process.stdout is not None
+    return daemon.process.stdout.readline() == "hangs\n"
+
+
+@pytest.mark.parametrize("call", ["socket.getaddrinfo", "os.mkdir", "os.scandir"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_also_while_a_name_is_looked_up_or_a_folder_is_slow(
+    start: Start, tmp_path: Path, call: str, number: signal.Signals
+) -> None:
+    slow = with_preparation(f"import socket, dsmtpd._dsmtpd\n{HANG}\n{call} = hang")
+    daemon = start("-i", "slow.test", "-p", "0", "-d", str(tmp_path / "maildir"), run=slow)
+    assert hangs(daemon)
+    assert daemon.end(number) == (-number, [])
+
+
+def test_a_signal_ends_it_also_while_the_mails_are_counted(start: Start, tmp_path: Path) -> None:
+    # The folder is slow from the moment on that the port is listening.
+    slow = "def slow(*arguments):\n    os.scandir = hang\n    listen(*arguments)"
+    patch = "listen, socket.socket.listen = socket.socket.listen, slow"
+    run = with_preparation(f"import socket, dsmtpd._dsmtpd\n{HANG}\n{slow}\n{patch}")
+    daemon = start("-p", "0", "-d", str(tmp_path), run=run)
+    assert " INFO: Starting dsmtpd " in daemon.line()
+    assert hangs(daemon)
+    code, (last,) = daemon.end(signal.SIGTERM)
+    assert code == 0
+    assert last.endswith(" INFO: Cleaning up")
+
+
+def test_who_ignores_that_the_terminal_is_closed_goes_on(start: Start) -> None:
+    daemon = start("-p", "0", run=with_preparation("signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
+    port = daemon.port()
+    daemon.process.send_signal(signal.SIGHUP)
+    send(port)
+    code, lines = daemon.end(signal.SIGTERM)
+    assert (code, len(lines)) == (0, 2)
+
+
+def test_as_many_clients_are_served_as_the_system_allows_files(start: Start) -> None:
+    limit = ["sh", "-c", 'ulimit -Sn 50 && ulimit -Hn 200 && exec "$@"', "sh"]
+    daemon = start("-p", "0", run=[*limit, *RUN])
+    port = daemon.port()
+    clients = [connect(port) for _ in range(100)]
+    assert daemon.end(signal.SIGTERM)[0] == 0
+    for client in clients:
+        client.close()
+
+
+def test_a_full_pipe_for_the_log_does_not_delay_the_end(tmp_path: Path) -> None:
+    # Not a `Daemon`, which reads the log.
+    command = [*RUN, "-p", "0", "-d", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as process:
+        log = process.stderr
+        assert log is not None
+        port = int(log.readline().split(b":")[-1].split()[0])
+        assert b" INFO: Storing the incoming emails into " in log.readline()
+        acknowledged = 0
+        with connect(port) as client:
+            assert client.sock is not None
+            client.sock.settimeout(1)
+            # It says no more when the pipe holds no more.
+            with suppress(smtplib.SMTPServerDisconnected):
+                while True:
+                    client.sendmail("a@x", ["b@x"], b"Subject: " + b"x" * 2000)
+                    acknowledged += 1
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert time.monotonic() - begin < END_SECONDS
+    assert 0 < acknowledged <= len(stored(tmp_path)) <= acknowledged + 1
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_disk_that_hangs_does_not_delay_the_end_for_ever(
+    start: Start, tmp_path: Path, *, in_loop: bool
+) -> None:
+    # The second mail is stored in the event loop, as the first has been stored at once.
+    settings = "time.perf_counter = lambda: 0\nserver._END_PATIENCE = 0.5"
+    hang = f"{HANG}\nmails = iter([False] * {in_loop:d})\n{settings}"
+    flush = "lambda number: stat.S_ISREG(os.fstat(number).st_mode) and next(mails, True) and hang()"
+    run = with_preparation(
+        f"import stat, time\nfrom dsmtpd import server\n{hang}\nos.fsync = {flush}"
+    )
+    daemon = start("-p", "0", "-d", str(tmp_path), run=run)
+    port = daemon.port()
+    if in_loop:
+        send(port)
+    with connect(port) as client:
+        begin_data(client)
+        client.send(MAIL + b".\r\n")
+        assert hangs(daemon)
+        code, lines = daemon.end(signal.SIGTERM)
+        client.close()
+    assert code == 0
+    assert [line.split(" ", 2)[2] for line in lines[-2:]] == [
+        "ERROR: A mail has not been stored within 0.5 s: dsmtpd ends without it",
+        "INFO: Cleaning up",
+    ]
+    assert len(list((tmp_path / "new").iterdir())) == in_loop
 
 
 def test_a_signal_that_is_repeated_does_not_spoil_the_end(start: Start) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dsmtpd import __version__
+from dsmtpd import __version__, server
 from dsmtpd.options import Options
-from dsmtpd.server import Listener, ListenError
+from dsmtpd.server import Listener, ListenError, StopError
 from tests.tools import (
     BEGIN,
     FREE,
@@ -169,6 +169,32 @@ def test_an_interface_that_the_system_lacks_is_reported(
         Listener(handler, Options(interface=interface)),
     ):
         pytest.fail("it cannot listen there")
+
+
+def test_an_interface_is_looked_up_before_anything_is_opened() -> None:
+    with pytest.raises(ListenError, match=r"a\.\.b, port 1025: Malformed name"):
+        Listener(Handler(), Options(interface="a..b"))
+
+
+def test_a_delivery_that_hangs_does_not_hold_up_the_end_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "_END_PATIENCE", 0.2)
+    gate = Gate()
+    listener = Listener(Handler(gate), FREE)
+    listener.__enter__()
+    with connect(listener.port) as idle, connect(listener.port) as client:
+        begin_data(client)
+        client.send(MAIL + b".\r\n")
+        assert gate.begun.wait(PATIENCE)
+        with pytest.raises(StopError, match=r"A mail has not been stored within 0\.2 s"):
+            listener.__exit__()
+        assert idle.getreply()[0] == 421
+        gate.may_end.set()
+        # It is answered all the same, as long as the process lives.
+        assert client.getreply()[0] == 250
+        idle.close()
+        client.close()
 
 
 def test_an_interface_that_gives_no_socket_is_reported(

@@ -9,6 +9,7 @@ import queue
 import re
 import smtplib
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -65,6 +66,17 @@ def reset(client: smtplib.SMTP) -> None:
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.sock.close()
     client.close()
+
+
+def on_flush(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
+    """Have *act*, which is given the descriptor, happen in place of a file's flush to the disk."""
+    flush = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        (act if is_file else flush)(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
