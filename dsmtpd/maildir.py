@@ -7,7 +7,6 @@ import mailbox
 import os
 import socket
 import stat
-import threading
 import time
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -90,7 +89,6 @@ class Maildir(mailbox.Maildir):
             ensure_maildir(folder)
         super().__init__(folder, factory, create=False)
         self._base = os.path.join(folder, "")  # noqa: PTH118
-        self._new = _SharedFlush(f"{self._base}new")
 
     def add(self, message: Any, *, head: bytes = b"") -> str:
         """Store *message* in new/ and return its key.
@@ -128,7 +126,7 @@ class Maildir(mailbox.Maildir):
                 os.close(descriptor)
             os.rename(path, mail)  # noqa: PTH104
             path = mail
-            self._new.flush()
+            _flush(f"{self._base}new")
         except BaseException:
             with suppress(OSError):
                 os.unlink(path)  # noqa: PTH108
@@ -149,25 +147,6 @@ class Maildir(mailbox.Maildir):
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode) and time.time() - status.st_atime > _STALE:
                         os.unlink(entry.path)  # noqa: PTH108
-
-
-class _SharedFlush:
-    """Flushes a folder to the disk; threads that want it at the same time share a flush."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._tickets = count(1)
-        self._last = self._flushed = 0  # tickets
-
-    def flush(self) -> None:
-        """Return when the folder's names of this moment are on the disk; raises `OSError`."""
-        mine = self._last = next(self._tickets)
-        with self._lock:
-            if mine > self._flushed:  # else the flush of another thread has begun since
-                last = self._last
-                _flush(self._folder)
-                self._flushed = last
 
 
 @contextmanager

@@ -355,43 +355,6 @@ def test_the_folders_of_a_new_maildir_are_flushed_and_no_others(
     assert flushes == []
 
 
-def test_threads_that_flush_at_the_same_time_share_a_flush(
-    maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flush, begun, may_end = os.fsync, threading.Semaphore(0), threading.Event()
-    moved = threading.Semaphore(0)
-    in_new: list[int] = []
-
-    def fsync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            in_new.append(len(list((path / "new").iterdir())))
-            begun.release()
-            assert may_end.wait(PATIENCE)
-        flush(descriptor)
-
-    rename = os.rename
-
-    def rename_and_tell(*paths: str) -> None:
-        rename(*paths)
-        moved.release()
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename_and_tell)
-    with ThreadPoolExecutor(9) as pool:
-        first = pool.submit(maildir.add, b"x")
-        assert begun.acquire(timeout=PATIENCE)
-        others = [pool.submit(maildir.add, b"x") for _ in range(8)]
-        for _ in range(9):
-            assert moved.acquire(timeout=PATIENCE)
-        assert not any(other.done() for other in others)
-        may_end.set()
-        for future in (first, *others):
-            future.result(PATIENCE)
-    # The first one's flush is none of the others', which may have come too late for it.
-    assert in_new[:2] == [1, 9]
-    assert len(in_new) < 9
-
-
 def test_a_folder_that_the_system_cannot_flush_is_no_failure(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
