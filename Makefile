@@ -31,6 +31,10 @@ install-dev: $(INSTALLED) ## Make the environment and install the hooks: a clone
 test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlcov/.
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED) ## Prove the promises of README.rst at length, in about five minutes.
+	$(BIN)/python -X dev -W error -m pytest --no-cov --soak tests/promises $(ARGS)
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check the code and the workflows.
 	$(BIN)/ruff check

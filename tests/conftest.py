@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Know what `make soak` asks for."""
+    parser.addoption(
+        "--soak", action="store_true", help="break things much more often, for minutes"
+    )
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """Return a function that picks the first number for `make test`, the second for `make soak`."""
+    soak = request.config.getoption("--soak")
+    return lambda few, many: many if soak else few
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Daemon]]:
     """Start the command as a process, with the arguments of `Daemon`; end it with the test."""

@@ -39,7 +39,7 @@ WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning:aiosmtpd.proxy_prot
 
 FREE = Options(port=0)
 
-RUN = (sys.executable, *WARNINGS, "-m", "dsmtpd")
+RUN = (sys.executable, "-X", "dev", *WARNINGS, "-m", "dsmtpd")
 
 
 def connect(port: int, host: str = "127.0.0.1") -> smtplib.SMTP:
@@ -90,6 +90,13 @@ def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
     """Return the mails in new/, oldest first, after a look that tmp/ is empty."""
     assert list(Path(maildir, "tmp").iterdir()) == []
     return [path.read_bytes() for path in sorted(Path(maildir, "new").iterdir())]
+
+
+def mails(maildir: str | os.PathLike[str]) -> list[bytes]:
+    """Return the mails to b@example.com in new/ as they were sent, oldest first."""
+    files = sorted(Path(maildir, "new").iterdir())
+    contents = [file.read_bytes().partition(b"\nX-RcptTo: b@example.com\n")[2] for file in files]
+    return [content.replace(b"\n", b"\r\n") for content in contents]
 
 
 def envelope(
