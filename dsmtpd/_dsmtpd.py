@@ -57,6 +57,9 @@ _AT_ONCE = 200e-6
 # How many deliveries may wait for the disk at the same time.
 _DELIVERIES = 32
 
+# Seconds for which the end waits for the mails to be counted.
+_PATIENCE = 1
+
 
 class _StorageError(Exception):
     """Mails cannot be stored; the text names the folder and the reason."""
@@ -166,18 +169,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
     except StopError as error:
-        log.error("%s: dsmtpd ends without it", error)
+        log.error("%s", printable(f"{error}: dsmtpd does not wait for the disk any longer"))
         log.info("Cleaning up")
-        logging.shutdown()
-        os._exit(0)  # An exit in order would wait for the disk, too.
+        os._exit(0)  # Python itself would wait.
     log.info("Cleaning up")
     return 0
 
 
 def _serve(options: Options) -> None:
-    """Serve clients until a signal asks to stop."""
+    """Serve clients until a signal asks to stop; raises `StopError` when something hangs then.
+
+    What may take long, as a folder or a resolver does, comes first: there, a signal ends the
+    process at once.
+    """
     _raise_file_limit()
-    # Until then, a signal ends the process at once, however long a folder or a resolver takes.
     with _storage(options.directory):
         handler = DsmtpdHandler(options.directory)
         if handler.maildir is not None:
@@ -189,9 +194,24 @@ def _serve(options: Options) -> None:
         # Not before it listens: the clients of another dsmtpd may need the file.
         ca_file(listener.ca, options.tls_ca) as ca,
     ):
-        _run_beside(partial(_announce, options, listener, ca))
+        announcing = _begin(partial(_announce, options, listener, ca))
         signals.wait(stopping)
         logs.hurry()
+    if announcing is not None:
+        announcing.join(_PATIENCE)
+        if announcing.is_alive():
+            raise StopError(f"The mails in {options.directory} have not been counted")
+
+
+def _begin(work: Callable[[], None]) -> Thread | None:
+    """Begin *work* in a thread, and return that; where the system grants none, do it at once."""
+    thread = Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        work()
+        return None
+    return thread
 
 
 def _raise_file_limit() -> None:
@@ -199,14 +219,6 @@ def _raise_file_limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS says "unlimited", and does not mean it.
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _run_beside(work: Callable[[], None]) -> None:
-    """Do *work* in a thread that nobody waits for, where the system grants one."""
-    try:
-        Thread(target=work, daemon=True).start()
-    except RuntimeError:
-        work()
 
 
 @contextmanager

@@ -101,14 +101,15 @@ class Listener:
         """Stop."""
         loop = self._controller.loop
         draining = asyncio.run_coroutine_threadsafe(self._controller.drain(), loop)
+        draining.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+        closing = self._thread.submit(loop.close)  # once the loop has stopped
         try:
-            draining.result(_END_PATIENCE)
+            closing.result(_END_PATIENCE)
         except FutureTimeoutError:
-            self._thread.shutdown(wait=False)
             raise StopError(f"A mail has not been stored within {_END_PATIENCE} s") from None
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.submit(loop.close).result()
-        self._thread.shutdown()
+        finally:
+            self._thread.shutdown(wait=closing.done())
+        draining.result()
 
     def _refusal(self, error: OSError | UnicodeError | RuntimeError) -> ListenError:
         where = f"{self._options.interface}, port {self._options.port}"

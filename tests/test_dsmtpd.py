@@ -25,7 +25,7 @@ import pytest
 import trustme
 from aiosmtpd.controller import Controller
 
-from dsmtpd import __version__, _dsmtpd
+from dsmtpd import __version__, _dsmtpd, server
 from dsmtpd._dsmtpd import DsmtpdHandler, main
 from dsmtpd.maildir import ensure_maildir
 from dsmtpd.server import Listener
@@ -43,6 +43,7 @@ from tests.tools import (
 )
 
 if TYPE_CHECKING:
+    import smtplib
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -484,6 +485,8 @@ class Stopper(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.number = signal.SIGTERM
+        self.deliver: Callable[[int], None] = send
+        self.joins = True
 
     def emit(self, record: logging.LogRecord) -> None:
         match = re.search(r"at \S+:(\d+) size limit", record.getMessage())
@@ -493,8 +496,9 @@ class Stopper(logging.Handler):
 
     def act(self, port: int, announcing: threading.Thread) -> None:
         try:
-            send(port)
-            announcing.join(PATIENCE)
+            self.deliver(port)
+            if self.joins and announcing is not threading.main_thread():
+                announcing.join(PATIENCE)
         finally:
             signal.pthread_kill(threading.main_thread().ident or 0, self.number)
 
@@ -604,6 +608,87 @@ def test_main_stores_nothing_unless_it_is_asked_to(
     assert caplog.messages[0].endswith(" size limit None")
     assert len(caplog.messages) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("stopper")
+def test_without_a_thread_for_that_the_start_is_logged_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = threading.Thread.start
+
+    def start_no_daemon(thread: threading.Thread) -> None:
+        if thread.daemon:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_no_daemon)
+    assert main(["-p", "0", "-d", str(tmp_path)]) == 0
+    assert f"Storing the incoming emails into {tmp_path}" in caplog.messages
+
+
+NO_LONGER = "dsmtpd does not wait for the disk any longer"
+
+
+def test_a_disk_that_hangs_does_not_keep_the_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopper: Stopper,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = Gate()
+    clients: list[smtplib.SMTP] = []
+
+    def begin_delivery(port: int) -> None:
+        clients.append(client := connect(port))
+        begin_data(client)
+        client.send(MAIL + b".\r\n")
+        gate.reached.get(timeout=PATIENCE)
+
+    def leave(code: int) -> None:
+        gate.opened.set()
+        for client in clients:
+            client.close()
+        raise SystemExit(code)
+
+    stopper.deliver = begin_delivery
+    on_flush(monkeypatch, lambda _: gate.pass_through())
+    monkeypatch.setattr(server, "_END_PATIENCE", 0.2)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as raised:
+        main(["-p", "0", "-d", str(tmp_path)])
+    assert raised.value.code == 0
+    assert caplog.messages[-2:] == [
+        f"A mail has not been stored within 0.2 s: {NO_LONGER}",
+        "Cleaning up",
+    ]
+
+
+def test_a_folder_that_hangs_does_not_keep_the_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopper: Stopper,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate, scandir = Gate(), os.scandir
+
+    def count(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+        if folder == tmp_path / "new":
+            gate.pass_through()
+        return scandir(folder)
+
+    def leave(code: int) -> None:
+        gate.opened.set()
+        raise SystemExit(code)
+
+    stopper.joins = False
+    monkeypatch.setattr(os, "scandir", count)
+    monkeypatch.setattr(_dsmtpd, "_PATIENCE", 0.1)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as raised:
+        main(["-p", "0", "-d", str(tmp_path)])
+    assert raised.value.code == 0
+    what = f"The mails in {tmp_path} have not been counted"
+    assert caplog.messages[-2:] == [f"{what}: {NO_LONGER}", "Cleaning up"]
 
 
 def test_bad_usage_is_a_line_without_a_time_and_exit_code_2(

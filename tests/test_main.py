@@ -16,6 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +74,15 @@ def test_the_module_runs_the_command(
         runpy.run_module("dsmtpd", run_name="__main__")
     assert not raised.value.code
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_the_installed_script_runs_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["dsmtpd", "--frobnicate"])
+    (script,) = entry_points(group="console_scripts", name="dsmtpd")
+    assert script.load()() == 2
+    assert "--frobnicate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("run", [RUN, [str(Path(sysconfig.get_path("scripts"), "dsmtpd"))]])
@@ -272,6 +282,8 @@ def test_a_signal_at_the_start_ends_it_at_once_without_a_traceback(
     assert start(*arguments, run=run).end() == (-number, [])
 
 
+NO_LONGER = "dsmtpd does not wait for the disk any longer"
+
 # A call of the system that never returns, but tells that it has begun.
 HANG = """
 def hang(*_, **__):
@@ -305,9 +317,12 @@ def test_a_signal_ends_it_also_while_the_mails_are_counted(start: Start, tmp_pat
     daemon = start("-p", "0", "-d", str(tmp_path), run=run)
     assert " INFO: Starting dsmtpd " in daemon.line()
     assert hangs(daemon)
-    code, (last,) = daemon.end(signal.SIGTERM)
+    code, lines = daemon.end(signal.SIGTERM)
     assert code == 0
-    assert last.endswith(" INFO: Cleaning up")
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        f"ERROR: The mails in {tmp_path} have not been counted: {NO_LONGER}",
+        "INFO: Cleaning up",
+    ]
 
 
 def test_who_ignores_that_the_terminal_is_closed_goes_on(start: Start) -> None:
@@ -376,7 +391,7 @@ def test_a_disk_that_hangs_does_not_delay_the_end_for_ever(
         client.close()
     assert code == 0
     assert [line.split(" ", 2)[2] for line in lines[-2:]] == [
-        "ERROR: A mail has not been stored within 0.5 s: dsmtpd ends without it",
+        f"ERROR: A mail has not been stored within 0.5 s: {NO_LONGER}",
         "INFO: Cleaning up",
     ]
     assert len(list((tmp_path / "new").iterdir())) == in_loop

@@ -80,8 +80,16 @@ def on_flush(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> N
 
 
 def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Return the level and the text of what has been logged as a warning, or worse."""
-    records = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    """Return the level and the text of what has been logged as a warning, or worse.
+
+    Of asyncio's records only its errors count, as with `logs.configure`.
+    """
+    least = {"asyncio": logging.ERROR}
+    records = [
+        record
+        for record in caplog.records
+        if record.levelno >= least.get(record.name, logging.WARNING)
+    ]
     assert all(record.exc_info is None for record in records)
     return [(record.levelname, record.getMessage()) for record in records]
 
