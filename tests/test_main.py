@@ -39,8 +39,8 @@ from tests.tools import (
 # The whole time that the end may take, from the signal on.
 END_SECONDS = 2.0
 
-# A user that has no other processes.
-USER = 54_321
+# A user that has no other processes, also where tests run side by side.
+USER = 54_321 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
 class Start(Protocol):
