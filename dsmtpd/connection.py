@@ -6,6 +6,8 @@ import asyncio
 import logging
 import socket
 import ssl
+import time
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from aiosmtpd.smtp import Envelope, Session
@@ -23,11 +25,12 @@ log = logging.getLogger(__package__)
 # The most that is read from a socket at once, and the most that waits to be dealt with: beyond, the
 # client has to wait. In octets.
 _INPUT_OCTETS = 64 * 1024
-_UNREAD_OCTETS = 256 * 1024
+_UNREAD_OCTETS = 64 * 1024
 
-# After this many actions it is the turn of the other connections. Up to there, the replies to
-# commands that came together go together (RFC 2920, section 3.2).
+# After this many actions, or seconds, it is the turn of the other connections. Up to there, the
+# replies to commands that came together go together (RFC 2920, section 3.2).
 _ACTIONS = 64
+_TURN = 0.01
 
 # Seconds without an octet after which a client is cut (RFC 5321, section 4.5.3.2.7).
 _PATIENCE = 300
@@ -192,7 +195,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _act(self) -> None:
         """Do a few things; leave more of them to another turn."""
-        for _ in range(_ACTIONS):
+        end = time.monotonic() + _TURN
+        for _ in takewhile(lambda _: time.monotonic() < end, range(_ACTIONS)):
             if self._is_blocked or self._is_ending:
                 break
             action = self._conversation.next_action()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Only so much is looked at for the log: a hostile mail must not block other sessions.
 CHECKED_OCTETS = 1024 * 1024
-_HEADER_OCTETS = 256 * 1024
+_HEADER_OCTETS = 128 * 1024
 _FIELDS = 10_000
 _SUBJECT_OCTETS = 8 * 1024
 
@@ -57,7 +57,8 @@ _EOL = rb"(?:\r*\n|\r)"
 _MBOX = rb"(?:>?From [^\r\n]*" + _EOL + rb")*"
 _BODY = rb"([^\r\n]*(?:\r*\n[ \t][^\r\n]*|\r[ \t][^\r\n]*)*)"
 _FIELD = re.compile(_MBOX + rb"([!-9;-~]+)[ \t]*:" + _BODY + rb"(?:" + _EOL + rb"|\Z)")
-_FOLD = re.compile(_EOL + rb"[ \t]+")
+# It begins at the first of many CR, or to look for it would be quadratic.
+_FOLD = re.compile(rb"(?:(?<!\r)\r*\n|\r)[ \t]+")
 
 # The last character of UTF-8 in a text that is cut.
 _LAST = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,7 +90,7 @@ def parse(keyword: str, argument: str) -> Path | None:
     words = [word.partition("=") for word in rest.split()]
     keywords = [keyword.upper() for keyword, _, _ in words]
     parameters = dict(zip(keywords, (value for _, _, value in words), strict=True))
-    faults += (f"{name} twice" for name in parameters if keywords.count(name) > 1)
+    faults += (f"{name} twice" for name, count in Counter(keywords).items() if count > 1)
     return Path(address.strip() or "<>", parameters, faults)
 
 

@@ -44,6 +44,9 @@ _CHARSETS = {
 _CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
 _KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
+# No charset, but how Python's source is read: with warnings, which show what the mail holds.
+_SOURCE = re.compile(r"(?:raw)?[\W_]*unicode[\W_]*escape")
+
 # The bits of the last two code points of each plane, which never become characters.
 _NONCHARACTER = 0xFFFE
 
@@ -131,6 +134,8 @@ def _octets(word: re.Match[str]) -> bytes:
 
 def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
     """Return *octets* as text; keep in *unknown* the one codec that may be looked up."""
+    if _SOURCE.fullmatch(codec):
+        raise LookupError(codec)
     if codec not in _KNOWN and codec not in unknown:
         if unknown:
             raise LookupError(codec)

@@ -825,7 +825,7 @@ class Model:
         if len(names) == 1:
             self.names = names
             return 334
-        self.user = names[0]
+        self.user = names[0] or "(no name)"
         return 235
 
 

@@ -190,3 +190,10 @@ def test_whatever_stands_in_brackets_is_taken_as_it_was_sent(text: str) -> None:
 def test_nothing_that_is_sent_makes_the_parser_fail(text: str) -> None:
     path = parse("FROM", f"FROM:{text}")
     assert path is None or path.address == "<>" or path.address in text
+
+
+def test_thousands_of_parameters_are_read_in_linear_time() -> None:
+    words = " ".join(f"X{number}=" for number in range(100_000))
+    path = parse("FROM", f"FROM:<a@x> {words} X7=")
+    assert path is not None
+    assert path.faults == ["X7 twice"]

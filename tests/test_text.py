@@ -119,3 +119,9 @@ def test_what_is_too_long_is_cut_between_two_characters(text: str) -> None:
 def test_without_a_limit_a_text_has_at_most_12_kib() -> None:
     assert printable("x" * 12_288) == "x" * 12_288
     assert printable("x" * 12_289) == "x" * 12_285 + "..."
+
+
+@pytest.mark.parametrize("label", ["unicode_escape", "RAW-unicode-escape", "unicode.escape"])
+def test_the_escapes_of_python_are_no_charset(label: str) -> None:
+    text = f"=?{label}?q?=5Cd?="
+    assert decoded(text.encode()) == text
