@@ -298,7 +298,7 @@ def hangs(daemon: Daemon) -> bool:
     return daemon.process.stdout.readline() == "hangs\n"
 
 
-@pytest.mark.parametrize("call", ["socket.getaddrinfo", "os.mkdir", "os.scandir"])
+@pytest.mark.parametrize("call", ["socket.getaddrinfo", "os.access", "os.scandir"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_also_while_a_name_is_looked_up_or_a_folder_is_slow(
     start: Start, tmp_path: Path, call: str, number: signal.Signals
