@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import ssl
 import tracemalloc
 from io import BytesIO
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiosmtpd.smtp import Envelope, Session
 
+from dsmtpd import connection
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
 from tests.tools import (
@@ -106,6 +109,27 @@ def test_a_client_that_pipelines_much_keeps_no_other_waiting() -> None:
     assert asyncio.run(run()) < 1000
 
 
+def test_a_client_whose_commands_take_long_keeps_no_other_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # To the connection, each command seems to take 4 ms; a turn has 10.
+    ticks = itertools.count()
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.004))
+
+    async def run() -> list[bytes]:
+        wire = Wire(Handler())
+        await wire.open()
+        await wire.lines(1)
+        written: list[bytes] = []
+        monkeypatch.setattr(wire.transport, "write", written.append)
+        await wire.send(b"RSET\r\n" * 6)
+        monkeypatch.undo()
+        await wire.replies()
+        return written
+
+    assert asyncio.run(run()) == [b"250 OK\r\n" * 2] * 3
+
+
 @pytest.mark.parametrize("others", [0, 1])
 @pytest.mark.parametrize("commands", [2, 50])
 def test_the_replies_to_commands_that_come_together_go_together(
@@ -118,6 +142,7 @@ def test_the_replies_to_commands_that_come_together_go_together(
             await each.open()
         await wire.lines(1)
         written: list[bytes] = []
+        monkeypatch.setattr(connection, "_TURN", PATIENCE)
         monkeypatch.setattr(wire.transport, "write", written.append)
         await wire.send(b"RSET\r\n" * commands + b"RS")
         monkeypatch.undo()

@@ -545,6 +545,16 @@ def test_an_empty_maildir_is_not_worth_a_line(
 
 
 @pytest.mark.usefixtures("stopper")
+def test_what_an_interrupted_run_has_left_is_removed_at_the_start(tmp_path: Path) -> None:
+    ensure_maildir(tmp_path)
+    left = tmp_path / "tmp" / "left"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert main(["-p", "0", "-d", str(tmp_path)]) == 0
+    assert not left.exists()
+
+
+@pytest.mark.usefixtures("stopper")
 def test_mails_that_cannot_be_counted_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

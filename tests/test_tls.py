@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import smtplib
 import socket
 import ssl
@@ -911,6 +912,21 @@ def test_a_temporary_file_that_cannot_be_created_is_reported_in_one_line(
     line = "Cannot write the CA to a temporary file: No such file or directory"
     assert str(raised.value) == line
     assert refusal() == "Cannot make a certificate: No such file or directory"
+
+
+def test_no_signal_leaves_the_file_behind_by_which_a_made_key_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configure, masks = trustme.LeafCert.configure_cert, []
+
+    def configure_cert(cert: trustme.LeafCert, context: ssl.SSLContext) -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        configure(cert, context)
+
+    monkeypatch.setattr(trustme.LeafCert, "configure_cert", configure_cert)
+    certificate(Options(tls="starttls"))
+    assert masks == [{signal.SIGINT, signal.SIGTERM, signal.SIGHUP}]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
