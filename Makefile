@@ -32,7 +32,7 @@ test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlco
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## Prove the promises of README.rst at length, in about five minutes.
+soak: $(INSTALLED) ## Prove the promises of README.rst at length, in about nine minutes.
 	$(BIN)/python -X dev -W error -m pytest --no-cov --soak tests/promises $(ARGS)
 
 .PHONY: lint

@@ -74,10 +74,11 @@ def kill(maildir: Path, seed: int) -> None:
     shutil.rmtree(maildir)
 
 
+@pytest.mark.parametrize("part", range(8))  # None takes so long that it seems to hang.
 def test_kill_9_loses_no_acknowledged_mail_and_leaves_none_twice_and_no_half_one_in_new(
-    tmp_path: Path, times: Callable[[int, int], int]
+    tmp_path: Path, times: Callable[[int, int], int], part: int
 ) -> None:
-    seeds = range(times(6, 200))
+    seeds = range(part * 25, part * 25 + times(1, 25))
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda seed: kill(tmp_path / str(seed), seed), seeds))
 
