@@ -29,11 +29,15 @@ install-dev: $(INSTALLED) ## Make the environment and install the hooks: a clone
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlcov/.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+.PHONY: promises
+promises: $(INSTALLED) ## Prove the promises of README.rst, in Python's development mode.
+	$(BIN)/python -X dev -W error -m pytest --no-cov tests/promises $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## Prove the promises of README.rst at length, in about nine minutes.
-	$(BIN)/python -X dev -W error -m pytest --no-cov --soak tests/promises $(ARGS)
+soak: override ARGS += --soak
+soak: promises ## Prove them at length, in about nine minutes.
 
 .PHONY: lint
 lint: $(INSTALLED) ## Check the code and the workflows.

@@ -1,10 +1,11 @@
-"""Mail clients that people use, each sending to the real command."""
+"""Mail clients that people use, each sending to the real server."""
 
 from __future__ import annotations
 
 import email
 import email.policy
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,10 +18,15 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from tests.tools import PATIENCE, Daemon, stored
+from dsmtpd._dsmtpd import DsmtpdHandler
+from dsmtpd.options import Options
+from dsmtpd.server import Listener
+from tests.tools import PATIENCE, Handler, stored, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.tools import Daemon, Way
 
 CONTENT = b"From: a@example.com\nSubject: =?utf-8?q?caf=C3=A9?=\n\n.a dot\nand the end\n"
 
@@ -45,9 +51,16 @@ COMMANDS = {
 FOLDER = Path(__file__).parent / "clients"
 INSTALLED = Path(__file__).parent.parent / ".venv-clients"
 PYTHON = INSTALLED / "bin" / "python"
+CLASSES = INSTALLED / "classes"
 JARS = ("/usr/share/java/jakarta-mail.jar", "/usr/share/java/jakarta-activation.jar")
 # It starts in half the time when it does not prepare for a long run.
-JAVA = ("java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp", ":".join(JARS))
+JAVA = (
+    "java",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:+UseSerialGC",
+    "-cp",
+    ":".join((str(CLASSES), *JARS)),
+)
 
 PROGRAMS: dict[str, tuple[tuple[str, ...], tuple[str | Path, ...]]] = {
     "smtplib": ((sys.executable, "send_smtplib.py"), ()),
@@ -56,7 +69,7 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], tuple[str | Path, ...]]] = {
     "flask_mailman": ((str(PYTHON), "send_flask_mailman.py"), ()),
     "fastapi_mail": ((str(PYTHON), "send_fastapi_mail.py"), ()),
     "nodemailer": (("node", "send_nodemailer.mjs"), (INSTALLED / "node_modules" / "nodemailer",)),
-    "JakartaMail": ((*JAVA, "SendJakartaMail.java"), ("javac", *JARS)),
+    "JakartaMail": ((*JAVA, "SendJakartaMail"), (CLASSES, *JARS)),
     "phpmailer": (("php", "send_phpmailer.php"), ("/usr/share/php/libphp-phpmailer",)),
     "swaks": (("sh", "send_swaks.sh"), ("swaks",)),
     "msmtp": (("sh", "send_msmtp.sh"), ("msmtp",)),
@@ -73,7 +86,7 @@ def require(*needs: str | Path) -> None:
             pytest.skip(f"{need} is not installed")
 
 
-def run(name: str, port: int, way: str, ca: Path) -> int:
+def run(name: str, port: int, way: Way | None, ca: Path) -> int:
     """Have a client send its mail, and trust *ca* if it speaks TLS; return its exit code."""
     (*command, program), needs = PROGRAMS[name]
     require(command[0], *needs)
@@ -81,11 +94,11 @@ def run(name: str, port: int, way: str, ca: Path) -> int:
         **os.environ,
         "SMTP_HOST": "localhost",
         "SMTP_PORT": str(port),
-        "SMTP_TLS": way,
+        "SMTP_TLS": way or "none",
         "SMTP_USER": "app",
         "SMTP_PASSWORD": "correct horse",
     }
-    if way != "none":
+    if way is not None:
         environment |= {"SMTP_CA": str(ca), "SSL_CERT_FILE": str(ca)}
     if name == "nodemailer":
         # A module that comes by stdin is the only one that looks for others where it is started.
@@ -104,17 +117,17 @@ def run(name: str, port: int, way: str, ca: Path) -> int:
         ).returncode
 
 
-@pytest.mark.parametrize("way", ["none", "starttls", "implicit"])
+@pytest.mark.parametrize("way", [None, "starttls", "implicit"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_client_as_configured_for_production_delivers_its_mail(
-    start: Callable[..., Daemon], tmp_path: Path, name: str, way: str
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str, way: Way | None
 ) -> None:
+    caplog.set_level(logging.INFO, "dsmtpd")
     ca = tmp_path / "ca.pem"
-    tls = () if way == "none" else ("--tls", way, "--tls-ca", str(ca))
-    daemon = start("-p", "0", "-d", str(tmp_path / "mails"), *tls)
-    assert run(name, daemon.port(), way, ca) == 0
-    _, lines = daemon.end(signal.SIGTERM)
-    login, mail, _ = (line.partition(" INFO: ")[2].partition(": ")[2] for line in lines)
+    with Listener(DsmtpdHandler(tmp_path / "mails"), Options(port=0, tls=way)) as listener:
+        ca.write_bytes(listener.ca or b"")
+        assert run(name, listener.port, way, ca) == 0
+    login, mail = (line.partition(": ")[2] for line in caplog.messages)
     assert login.startswith("app logged in by AUTH ")
     assert mail == f"app@example.com -> user@example.com [Hello from {name}]"
     (content,) = stored(tmp_path / "mails")
@@ -128,20 +141,23 @@ def test_a_client_as_configured_for_production_delivers_its_mail(
 @pytest.mark.parametrize("way", ["starttls", "implicit"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_client_verifies_the_server_and_the_log_tells_that_it_does_not_trust_it(
-    start: Callable[..., Daemon], tmp_path: Path, name: str, way: str, wrong: str
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str, way: Way, wrong: str
 ) -> None:
     trusted, other = trustme.CA(), trustme.CA()
     (ca := tmp_path / "ca.pem").write_bytes(trusted.cert_pem.bytes())
     certificate = other.issue_cert("localhost") if wrong == "ca" else trusted.issue_cert("x.test")
     certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
-    tls = ("--tls", way, "--tls-cert", str(tmp_path / "cert.pem"))
-    daemon = start("-p", "0", "-d", str(tmp_path / "mails"), *tls)
-    code = run(name, daemon.port(), way, ca)
+    handler = Handler()
+    options = Options(port=0, tls=way, tls_cert=str(tmp_path / "cert.pem"))
+    with Listener(handler, options) as listener:
+        code = run(name, listener.port, way, ca)
     if name == "swaks" and wrong == "host" and code == 0:
         pytest.skip("this swaks looks at no host name; that of 2024 does")
     assert code != 0
-    assert re.search(r" WARNING: \S+: The .+does not trust the certificate", daemon.line())
-    assert stored(tmp_path / "mails") == []
+    assert handler.envelopes == []
+    ((level, text),) = troubles(caplog)
+    assert level == "WARNING"
+    assert re.match(r"\S+: The .+does not trust the certificate", text)
 
 
 def test_the_readme_names_the_versions_that_are_tried() -> None:

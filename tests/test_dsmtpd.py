@@ -193,21 +193,6 @@ def test_dots_are_unstuffed_and_the_dot_that_ends_the_mail_is_not_stored(tmp_pat
     assert mail.endswith(b"X-RcptTo: b@example.com\n\n.\n..\n.a\nend\n")
 
 
-def test_fifty_sessions_store_a_thousand_distinct_intact_mails(tmp_path: Path) -> None:
-    contents = [[b"Subject: %d-%d\r\n" % (a, b) + b"x" * b for b in range(20)] for a in range(50)]
-
-    def work(mine: list[bytes]) -> None:
-        with connect(listener.port) as client:
-            for content in mine:
-                client.sendmail("a@x", ["b@x"], content)
-
-    with Listener(DsmtpdHandler(tmp_path), FREE) as listener, ThreadPoolExecutor(50) as pool:
-        list(pool.map(work, contents))
-    mails = [mail.partition(b"X-RcptTo: b@x\n")[2] for mail in stored(tmp_path)]
-    sent = [content.replace(b"\r\n", b"\n").rstrip(b"\n") for mine in contents for content in mine]
-    assert sorted(mail.rstrip(b"\n") for mail in mails) == sorted(sent)
-
-
 @pytest.mark.parametrize(
     ("number", "reply"),
     [

@@ -17,7 +17,7 @@ import threading
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aiosmtpd.smtp import Envelope
 
@@ -38,6 +38,8 @@ MAIL = b"From: a@example.com\r\nSubject: Hello\r\n\r\nHi there.\r\n"
 WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning:aiosmtpd.proxy_protocol")
 
 FREE = Options(port=0)
+
+Way = Literal["starttls", "implicit"]
 
 RUN = (sys.executable, "-X", "dev", *WARNINGS, "-m", "dsmtpd")
 
