@@ -134,7 +134,7 @@ def _octets(word: re.Match[str]) -> bytes:
 
 def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
     """Return *octets* as text; keep in *unknown* the one codec that may be looked up."""
-    if _SOURCE.fullmatch(codec):
+    if _SOURCE.fullmatch(codec) or not codec.isascii():
         raise LookupError(codec)
     if codec not in _KNOWN and codec not in unknown:
         if unknown:

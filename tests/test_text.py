@@ -125,3 +125,9 @@ def test_without_a_limit_a_text_has_at_most_12_kib() -> None:
 def test_the_escapes_of_python_are_no_charset(label: str) -> None:
     text = f"=?{label}?q?=5Cd?="
     assert decoded(text.encode()) == text
+
+
+# Python up to 3.14 ignores what is not ASCII in a codec's name, 3.15 warns, 3.17 refuses it.
+def test_no_charset_has_a_name_beyond_ascii() -> None:
+    text = "=?utf-8\u00e9?q?a?="
+    assert decoded(text.encode()) == text
