@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from binascii import a2b_base64, a2b_qp
+from codecs import lookup
 from encodings.aliases import aliases
 from itertools import groupby
 from typing import Any
@@ -44,8 +45,9 @@ _CHARSETS = {
 _CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
 _KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
-# No charset, but how Python's source is read: with warnings, which show what the mail holds.
-_SOURCE = re.compile(r"(?:raw)?[\W_]*unicode[\W_]*escape")
+# Codecs of text that are no charsets: how Python's source is read, with warnings that show what the
+# mail holds, and how names of hosts are, in quadratic time.
+_NO_CHARSETS = {"unicode-escape", "raw-unicode-escape", "idna", "punycode"}
 
 # The bits of the last two code points of each plane, which never become characters.
 _NONCHARACTER = 0xFFFE
@@ -134,10 +136,12 @@ def _octets(word: re.Match[str]) -> bytes:
 
 def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
     """Return *octets* as text; keep in *unknown* the one codec that may be looked up."""
-    if _SOURCE.fullmatch(codec) or not codec.isascii():
+    if not codec.isascii():
         raise LookupError(codec)
     if codec not in _KNOWN and codec not in unknown:
         if unknown:
             raise LookupError(codec)
         unknown.add(codec)
+    if lookup(codec).name in _NO_CHARSETS:
+        raise LookupError(codec)
     return octets.decode(codec, "replace")

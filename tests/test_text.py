@@ -121,8 +121,10 @@ def test_without_a_limit_a_text_has_at_most_12_kib() -> None:
     assert printable("x" * 12_289) == "x" * 12_285 + "..."
 
 
-@pytest.mark.parametrize("label", ["unicode_escape", "RAW-unicode-escape", "unicode.escape"])
-def test_the_escapes_of_python_are_no_charset(label: str) -> None:
+@pytest.mark.parametrize(
+    "label", ["unicode_escape", "RAW-unicode-escape", "_unicode-escape!", "punycode", "IDNA"]
+)
+def test_not_each_codec_of_python_is_a_charset(label: str) -> None:
     text = f"=?{label}?q?=5Cd?="
     assert decoded(text.encode()) == text
 
