@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aiosmtpd.smtp import Envelope
 
     from dsmtpd.options import Options
+    from dsmtpd.show import Printer
 
 __all__ = [
     "DEFAULT_INTERFACE",
@@ -65,15 +66,23 @@ class _StorageError(Exception):
     """Mails cannot be stored; the text names the folder and the reason."""
 
 
+class _NotStoredError(Exception):
+    """A mail has not been stored; the text is the reply to its sender."""
+
+
 class DsmtpdHandler:
     """Shows each mail as one log line, and stores it when it has a Maildir; for any controller.
 
     *maildir*: the path of a Maildir, which is created when it does not exist; None stores nothing.
+    *printer*: where each mail that is accepted is printed, too; None prints nothing.
     Raises `OSError` when it cannot be one.
     """
 
-    def __init__(self, maildir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, maildir: str | os.PathLike[str] | None = None, printer: Printer | None = None
+    ) -> None:
         """Open the Maildir, when there is one."""
+        self._printer = printer
         self.maildir = None if maildir is None else Maildir(maildir)
         self._path = "" if maildir is None else maildir
         self._at_once = False
@@ -87,7 +96,15 @@ class DsmtpdHandler:
         """
         message = Message.from_envelope(session.peer, envelope)
         _show(message)
-        return "250 OK" if self.maildir is None else await self._deliver(self.maildir, message)
+        file = None
+        if self.maildir is not None:
+            try:
+                file = await self._deliver(self.maildir, message)
+            except _NotStoredError as failure:
+                return str(failure)
+        if self._printer is not None:
+            await self._printer.show(message, session, file)
+        return "250 OK"
 
     async def handle_exception(self, error: Exception) -> str:
         """Log *error*, which is our own fault, and tell the client nothing of it."""
@@ -95,7 +112,10 @@ class DsmtpdHandler:
         return "451 4.3.0 Internal error"
 
     async def _deliver(self, maildir: Maildir, message: Message) -> str:
-        """Store *message* in *maildir*, without blocking other sessions; return the reply."""
+        """Store *message* in *maildir*, without blocking other sessions; return its file.
+
+        Raises `_NotStoredError` when it has none.
+        """
         head = message.envelope_fields()
         if self._at_once and len(head) + len(message.content) <= _SMALL:
             return self._store(maildir, head, message.content)
@@ -110,18 +130,18 @@ class DsmtpdHandler:
         return await asyncio.shield(asyncio.wrap_future(job.result))
 
     def _store(self, maildir: Maildir, head: bytes, content: bytes) -> str:
-        """Store *head* and *content* in *maildir*; return the reply to their sender."""
+        """Store *head* and *content* in *maildir*; return the path of the file."""
         begin = time.perf_counter()
         try:
-            maildir.add(content, head=head)
+            return maildir.path(maildir.add(content, head=head))
         except OSError as error:
             reason = _reason(self._path, error)
             log.error("%s", printable(f"Cannot store a mail in {self._path}: {reason}"))
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-            return "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
+            reply = "452 4.3.1 Storage full" if full else "451 4.3.0 Storage failed"
+            raise _NotStoredError(reply) from None
         finally:
             self._at_once = time.perf_counter() - begin < _AT_ONCE
-        return "250 OK"
 
 
 class _Job:
@@ -183,13 +203,15 @@ def _serve(options: Options) -> None:
     process at once.
     """
     _raise_file_limit()
+    printer = _printer(options)
     with _storage(options.directory):
-        handler = DsmtpdHandler(options.directory)
+        handler = DsmtpdHandler(options.directory, printer)
         if handler.maildir is not None:
             handler.maildir.clean()
     listener = Listener(handler, options)
     with (
         signals.blocked() as stopping,
+        printer or nullcontext(),
         listener,
         # Not before it listens: the clients of another dsmtpd may need the file.
         ca_file(listener.ca, options.tls_ca) as ca,
@@ -201,6 +223,14 @@ def _serve(options: Options) -> None:
         announcing.join(_PATIENCE)
         if announcing.is_alive():
             raise StopError(f"The mails in {options.directory} have not been counted")
+
+
+def _printer(options: Options) -> Printer | None:
+    if options.printing is None:
+        return None
+    from dsmtpd.show import Printer  # noqa: PLC0415  # slow to import
+
+    return Printer(options.printing, sys.stdout)
 
 
 def _begin(work: Callable[[], None]) -> Thread | None:

@@ -26,6 +26,8 @@ Options:
   -i NAME, --interface NAME   Listen on this address or host name [default: 127.0.0.1].
   -d DIR, --directory DIR     Store the mails in this Maildir, which is made if need be;
                               without it, nothing is stored.
+  --print FORM                Print each mail on stdout, as text or as json.
+  -v, --verbose               Log the whole SMTP dialogue, without passwords.
   -s BYTES, --max-size BYTES  Take no larger message; 0 takes any [default: 33554432].
   --disable-smtputf8          Do not offer SMTPUTF8, and refuse non-ASCII addresses.
   --disable-auth              Do not offer AUTH, and refuse it.
@@ -80,10 +82,12 @@ def _options(arguments: dict[str, Any]) -> Options:
         max_size=_number("--max-size", arguments["--max-size"], "a number of bytes, 0 or more"),
         disable_smtputf8=arguments["--disable-smtputf8"],
         disable_auth=arguments["--disable-auth"],
-        tls=_tls("--tls", arguments["--tls"]),
+        tls=_choice("--tls", arguments["--tls"], "starttls", "implicit"),
         tls_cert=_path("--tls-cert", arguments["--tls-cert"], "a file"),
         tls_key=_path("--tls-key", arguments["--tls-key"], "a file"),
         tls_ca=_path("--tls-ca", arguments["--tls-ca"], "a file"),
+        printing=_choice("--print", arguments["--print"], "text", "json"),
+        verbose=arguments["--verbose"],
     )
 
 
@@ -144,10 +148,10 @@ def _number(option: str, value: str, wanted: str, most: float = float("inf")) ->
     raise UsageError(f"{option}: {value!r} is not {wanted}")
 
 
-def _tls(option: str, value: str | None) -> Any:
-    if value is None or value.lower() in {"starttls", "implicit"}:
+def _choice(option: str, value: str | None, one: str, other: str) -> Any:
+    if value is None or value.lower() in {one, other}:
         return value and value.lower()
-    raise UsageError(f"{option}: {value!r} is neither starttls nor implicit")
+    raise UsageError(f"{option}: {value!r} is neither {one} nor {other}")
 
 
 def _path(option: str, value: str | None, wanted: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from aiosmtpd.smtp import Envelope, Session
 
 from dsmtpd import __version__, tls
-from dsmtpd.conversation import Control, Conversation, Mail, Offer, Reply, Report
+from dsmtpd.conversation import Control, Conversation, Heard, Mail, Offer, Reply, Report
 from dsmtpd.text import endpoint, printable
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Service:
     what to offer.
 
     *ca*: the certificate in PEM of the CA that clients may trust, if it has been made for TLS.
+    *verbose*: whether the dialogue is logged.
     *clients*: the connections that are open, or that have a delivery under way.
     *input*: the buffer for what arrives.
     """
@@ -67,6 +68,7 @@ class Service:
             auth=not options.disable_auth,
             tls=options.tls,
         )
+        self.verbose = options.verbose
         self.input = bytearray(_INPUT_OCTETS)
         self.clients: set[Connection] = set()
         self._outbox: list[Connection] = []
@@ -101,7 +103,7 @@ class Connection(asyncio.BufferedProtocol):
         """Wait for the connection to be made."""
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._conversation = Conversation(service.offer)
+        self._conversation = Conversation(service.offer, verbose=service.verbose)
         self._session = Session(self._loop)
         self._transport: asyncio.Transport | None = None
         self._tls: tls.Layer | None = None
@@ -222,10 +224,15 @@ class Connection(asyncio.BufferedProtocol):
     def _perform(self, action: Action) -> None:
         if isinstance(action, Reply):
             self._replies += action.octets
+            if self._service.verbose:
+                for line in action.octets.decode("utf-8", "backslashreplace").splitlines():
+                    self._log(logging.INFO, f"S: {line}")
         elif isinstance(action, Mail):
             self._delivery = self._loop.create_task(self._deliver(action))
         elif isinstance(action, Report):
             self._report(action)
+        elif isinstance(action, Heard):
+            self._log(logging.INFO, f"C: {action.text}")
         elif action is Control.BEGIN_TLS:
             self.flush()
             self._tls = tls.Layer(cast("ssl.SSLContext", self._service.context))
@@ -280,8 +287,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(octets)
 
     def _report(self, report: Report) -> None:
-        peer, text = printable(endpoint(self._session.peer)), printable(report.text)
-        log.log(logging.WARNING if report.warns else logging.INFO, "%s: %s", peer, text)
+        self._log(logging.WARNING if report.warns else logging.INFO, report.text)
+
+    def _log(self, level: int, text: str) -> None:
+        log.log(level, "%s: %s", printable(endpoint(self._session.peer)), printable(text))
 
     @property
     def _is_shaking_hands(self) -> bool:
@@ -300,7 +309,9 @@ class Connection(asyncio.BufferedProtocol):
         if was_shaking_hands and layer.cipher is not None:
             peer, self._session = self._session.peer, Session(self._loop)
             self._session.peer = peer
-            self._session.ssl = {"cipher": layer.cipher}
+            self._session.ssl = {"cipher": layer.cipher, "version": layer.version}
+            if self._service.verbose:
+                self._log(logging.INFO, f"{layer.version} with {layer.cipher[0]}")
             self._conversation.tls_begun()
         if layer.ended:
             self._conversation.receive_eof()

@@ -46,6 +46,8 @@ _ARGUMENTS = {b"VRFY": "<address>"}
 _WARNINGS = 20
 _SHOWN_LETTERS = 12
 
+_MASK = "***"
+
 # What else than SMTP a client may speak, by its first octets (RFC 8446, section 5.1; RFC 9112,
 # section 3; the PROXY protocol, sections 2.1 and 2.2; RFC 2033, section 4.1).
 _STRANGER = re.compile(
@@ -107,6 +109,12 @@ class Report(NamedTuple):
     warns: bool = True
 
 
+class Heard(NamedTuple):
+    """Log this *text*: what the client has said, but for what may be a password."""
+
+    text: str
+
+
 class Control(Enum):
     """What else is to be done: begin TLS, or close the connection once all replies are sent.
 
@@ -118,7 +126,7 @@ class Control(Enum):
     CLOSE = auto()
 
 
-Action = Reply | Mail | Report | Control
+Action = Reply | Mail | Report | Heard | Control
 
 
 class State(Enum):
@@ -260,9 +268,13 @@ class Conversation:
     *user*: who has logged in, or None.
     """
 
-    def __init__(self, offer: Offer) -> None:
-        """Begin with the greeting, or with TLS if that is implicit."""
+    def __init__(self, offer: Offer, *, verbose: bool = False) -> None:
+        """Begin with the greeting, or with TLS if that is implicit.
+
+        *verbose*: also report what the client says.
+        """
         self._offer = offer
+        self._verbose = verbose
         self._encoding = ("utf-8", "surrogateescape") if offer.smtputf8 else ("ascii", "strict")
         self._actions: deque[Action] = deque()
         self._buffer, self._begin = b"", 0  # what has arrived, and where the unread part begins
@@ -385,6 +397,8 @@ class Conversation:
         """Carry out and answer a *line*."""
         self._is_new = False
         exchange = self._exchange
+        if self._verbose:
+            self._actions.append(Heard(self._masked(line)))
         try:
             if exchange is None:
                 self._carry_out(line)
@@ -413,6 +427,15 @@ class Conversation:
         if self._verb == b"AUTH" or not verb.isalpha() or len(verb) > _SHOWN_LETTERS:
             return f"A line of {len(line):,} octets"
         return verb.decode()
+
+    def _masked(self, line: bytes) -> str:
+        """Return what a *line* says, with a mask for what may be a password."""
+        if self._exchange is not None:
+            return _MASK
+        quoted, verb = self._quoted(line), line.partition(b" ")[0].upper()
+        is_cut = len(line.split()) > len(quoted.split())
+        hides = verb == b"AUTH" or verb not in self._COMMANDS
+        return f"{quoted} {_MASK}" if hides and is_cut else quoted
 
     def _refuse(self, said: str, reply: str) -> None:
         self._warn(f"{said} was refused: {reply}")
@@ -618,6 +641,9 @@ class Conversation:
         begin = content.feed(octets, begin, end)
         if content.is_complete:
             self._arriving = None
+            if self._verbose:
+                size = content.arrived - (end - begin) - len(b".\r\n")
+                self._actions.append(Heard(f"(a mail, {size:,} octets)"))
             if content.is_too_large:
                 self._state = _COMMAND
                 self._refuse(f"The mail {transaction}", "552 Error: Too much mail data")

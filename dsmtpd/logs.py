@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import sys
 import time
 from contextlib import suppress
@@ -12,15 +11,9 @@ from copy import copy
 from functools import lru_cache
 from typing import TextIO
 
+from dsmtpd.output import Output
+
 FORMAT = "%(asctime)s %(levelname)s: %(message)s"
-
-# So many characters fit into what a pipe takes at once, when it takes any, even if each is escaped
-# in ten octets (4,096 octets on Linux, POSIX wants 512).
-_PIECE = 400
-
-# Seconds for which the last lines wait for a reader, and milliseconds between two looks.
-LAST = 0.5
-_LOOK = 100
 
 _COLOURS = {"WARNING": 33, "ERROR": 31}
 
@@ -57,42 +50,21 @@ class TerminalFormatter(Formatter):
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] before 3.11
-    """Writes records to stderr; one that cannot be written is dropped and stops nothing.
-
-    A pipe that is full, or a terminal that has been stopped, is waited for until *deadline*, a time
-    of `time.monotonic`.
-    """
+    """Writes records to stderr; one that cannot be written is dropped and stops nothing."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Write to *stream*, by default to stderr."""
         super().__init__(stream)
-        self.deadline = float("inf")
-        self._poll: select.poll | None = None
-        with suppress(OSError):  # It may be no file.
-            number = self.stream.fileno()
-            self._poll = select.poll()
-            self._poll.register(number, select.POLLOUT)
+        self.output = Output(self.stream)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write *record*, or drop it: the reader of a pipe may be gone, or the disk be full."""
         try:
-            line = f"{self.format(record)}\n"
-            for begin in range(0, len(line), _PIECE):
-                if not self._can_write():
-                    break
-                self.stream.write(line[begin : begin + _PIECE])
-                self.stream.flush()
+            self.output.write(f"{self.format(record)}\n")
         except OSError:
             pass
         except Exception:  # noqa: BLE001  # a mistake in the record
             self.handleError(record)
-
-    def _can_write(self) -> bool:
-        """Wait until the stream takes something, or nobody has read for too long."""
-        while self._poll is not None and not self._poll.poll(_LOOK):
-            if time.monotonic() > self.deadline:
-                return False
-        return True
 
     def flush(self) -> None:
         """Flush what can be flushed."""
@@ -100,19 +72,16 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Tex
             super().flush()
 
     def close(self) -> None:
-        """Leave nothing unwritten behind: Python would fail on it at its exit, with code 120."""
+        """Leave nothing unwritten behind."""
         super().close()
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        self.output.close()
 
 
 def hurry() -> None:
     """Have the log drop what nobody reads in half a second: the process is to end."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, StderrHandler):
-            handler.deadline = time.monotonic() + LAST
+            handler.output.hurry()
 
 
 @lru_cache(maxsize=1)

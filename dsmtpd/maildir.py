@@ -133,6 +133,10 @@ class Maildir(mailbox.Maildir):
             raise
         return name
 
+    def path(self, key: str) -> str:
+        """Return the absolute path that the file of *key* has until a reader moves it."""
+        return f"{self._base}new/{key}"
+
     def clean(self) -> None:
         """Remove the files in tmp/ that have not been accessed for 36 hours.
 

@@ -7,7 +7,7 @@ from binascii import b2a_base64
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsmtpd.text import decoded, endpoint, printable
+from dsmtpd.text import decoded, endpoint, printable, unfolded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,8 +57,6 @@ _EOL = rb"(?:\r*\n|\r)"
 _MBOX = rb"(?:>?From [^\r\n]*" + _EOL + rb")*"
 _BODY = rb"([^\r\n]*(?:\r*\n[ \t][^\r\n]*|\r[ \t][^\r\n]*)*)"
 _FIELD = re.compile(_MBOX + rb"([!-9;-~]+)[ \t]*:" + _BODY + rb"(?:" + _EOL + rb"|\Z)")
-# It begins at the first of many CR, or to look for it would be quadratic.
-_FOLD = re.compile(rb"(?:(?<!\r)\r*\n|\r)[ \t]+")
 
 # The last character of UTF-8 in a text that is cut.
 _LAST = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z")
@@ -111,8 +109,8 @@ class Message(NamedTuple):
         """The first Subject, unfolded and decoded; empty when there is none."""
         raw = self.header.subject
         if len(raw) > _SUBJECT_OCTETS:
-            return decoded(_LAST.sub(b"", _unfolded(raw[:_SUBJECT_OCTETS]))) + "..."
-        return decoded(_unfolded(raw))
+            return decoded(_LAST.sub(b"", unfolded(raw[:_SUBJECT_OCTETS]))) + "..."
+        return decoded(unfolded(raw))
 
     def summary(self) -> dict[str, str]:
         """Return what the log line shows, each value safe for a terminal."""
@@ -260,10 +258,6 @@ def _header(content: bytes) -> _Header:
         end = field.end()
         field = _FIELD.match(content, end, _HEADER_OCTETS)
     return _Header(tuple(names), subject or b"", tuple(mbox_lines), end)
-
-
-def _unfolded(value: bytes) -> bytes:
-    return _FOLD.sub(b" ", value).strip(b" \t\r")
 
 
 def _encoded(value: str) -> str:

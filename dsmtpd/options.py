@@ -23,6 +23,8 @@ class Options(NamedTuple):
     *tls_cert*, *tls_key*: PEM files of a certificate and its private key; without *tls_cert* a
     certificate is made, without *tls_key* the key stands in the file of the certificate.
     *tls_ca*: the file that the CA of a made certificate is written to, None for a temporary one.
+    *printing*: print each mail as `text` or as `json`, or None.
+    *verbose*: log the whole dialogue.
     """
 
     interface: str = DEFAULT_INTERFACE
@@ -35,3 +37,5 @@ class Options(NamedTuple):
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_ca: str | None = None
+    printing: Literal["text", "json"] | None = None
+    verbose: bool = False

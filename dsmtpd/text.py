@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from binascii import a2b_base64, a2b_qp
 from codecs import lookup
+from contextlib import suppress
 from encodings.aliases import aliases
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,10 @@ from unicodedata import category
 
 # The most octets that `printable` returns by default: a line of the log has at most 16 KiB.
 _MOST_OCTETS = 12 * 1024
+
+# It begins at the first of many CR, or to look for it would be quadratic.
+_FOLD = re.compile(rb"(?:(?<!\r)\r*\n|\r)[ \t]+")
+_LINE_END = re.compile("\r\n?")
 
 # RFC 2047, section 2, with some question marks that should have been encoded; white space between
 # two encoded words is not shown (section 6.2).
@@ -42,6 +47,8 @@ _CHARSETS = {
     "x_gbk": "gb18030",
     "x_sjis": "cp932",
 }
+# What calls itself ASCII, as all that has no label does, often is not (RFC 2045, section 5.2).
+_DEFAULT = {"", "ascii", "us-ascii"}
 _CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
 _KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
@@ -94,15 +101,37 @@ def decoded(value: bytes) -> str:
     Octets are UTF-8 if any two of them are, else windows-1252. Broken encoded words stay as they
     were sent. Of the unknown charsets only one is looked up: Python remembers each for ever.
     """
-    text = value.decode("utf-8", "replace")
-    if "\ufffd" in text and all(c < "\x80" or c == "\ufffd" for c in text):
-        text = value.decode("cp1252", "replace")
     unknown: set[str] = set()
 
     def words(match: re.Match[str]) -> str:
         return _decoded_words(match[0], unknown)
 
-    return _ENCODED_WORDS.sub(words, text)
+    return _ENCODED_WORDS.sub(words, _guessed(value))
+
+
+def decoded_body(octets: bytes, label: str) -> str:
+    """Return *octets* as text by the *label* of a charset, which may be empty, unknown or wrong.
+
+    Its lines end with LF.
+    """
+    text, codec = None, _labelled(label)
+    if codec in _KNOWN and label.lower() not in _DEFAULT:
+        with suppress(LookupError, ValueError):
+            text = _text(codec, octets, set())
+    return _LINE_END.sub("\n", _guessed(octets) if text is None else text)
+
+
+def unfolded(value: bytes) -> bytes:
+    """Return the *value* of a header field as one line (RFC 5322, section 2.2.3)."""
+    return _FOLD.sub(b" ", value).strip(b" \t\r\n")
+
+
+def _guessed(octets: bytes) -> str:
+    """Return *octets* as text: as UTF-8 if any two of them are, else as windows-1252."""
+    text = octets.decode("utf-8", "replace")
+    if "\ufffd" in text and all(c < "\x80" or c == "\ufffd" for c in text):
+        return octets.decode("cp1252", "replace")
+    return text
 
 
 def _decoded_words(words: str, unknown: set[str]) -> str:
@@ -122,8 +151,12 @@ def _codec(word: re.Match[str]) -> str:
     if not word[3].isascii():
         return "utf_8"  # What should have been encoded has been read as such.
     # A charset may be followed by a language (RFC 2231, section 5).
-    label = word[1].partition("*")[0].lower().replace("-", "_")
-    label = _CODE_PAGE.sub(r"cp\1", label)
+    return _labelled(word[1].partition("*")[0])
+
+
+def _labelled(label: str) -> str:
+    """Return Python's name of the charset that people call by a *label*."""
+    label = _CODE_PAGE.sub(r"cp\1", label.lower().replace("-", "_"))
     return _CHARSETS.get(label, label)
 
 

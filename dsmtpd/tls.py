@@ -87,6 +87,11 @@ class Layer:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
 
+    @property
+    def version(self) -> str | None:
+        """The version of TLS, as in `TLSv1.3`; None until the handshake is done."""
+        return self._object.version()
+
     def receive(self, octets: bytes) -> bytes:
         """Return what *octets* of the client mean; what is to be sent then is in `outgoing`.
 

@@ -35,6 +35,10 @@ def test_no_arguments_ask_for_the_defaults() -> None:
             ["--tls=implicit", "--tls-cert=cert", "--tls-key=key"],
             Options(tls="implicit", tls_cert="cert", tls_key="key"),
         ),
+        (["-v"], Options(verbose=True)),
+        (["--verbose"], Options(verbose=True)),
+        (["--print", "text"], Options(printing="text")),
+        (["--print=JSON"], Options(printing="json")),
         (["-p2525", "-dx", "-s1"], Options(port=2525, directory="x", max_size=1)),
     ],
 )
@@ -84,6 +88,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-d", ""], "--directory: '' is not a folder"),
         (["-i", ""], "--interface: '' is not a host"),
         (["--tls", "yes"], "--tls: 'yes' is neither starttls nor implicit"),
+        (["--print", "html"], "--print: 'html' is neither text nor json"),
         (["--tls", ""], "--tls: '' is neither starttls nor implicit"),
         (["--tls"], "--tls requires argument"),
         (["--tls-cert", "x"], "--tls-cert needs --tls"),

@@ -3,6 +3,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
+import re
+import smtplib
 import ssl
 import tracemalloc
 from io import BytesIO
@@ -29,6 +32,7 @@ from tests.tools import (
     converse,
     reset,
     troubles,
+    trust_all,
     turns,
 )
 
@@ -532,3 +536,40 @@ def test_a_handler_that_is_cancelled_ends_the_session_and_lets_the_server_stop(
             assert codes(await wire.replies())[:6] == [*ACCEPTED, 421]
 
     asyncio.run(run())
+
+
+def test_a_verbose_session_is_logged_in_both_directions_with_its_peer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "dsmtpd")
+    with (
+        Listener(Handler(), Options(port=0, tls="starttls", verbose=True)) as listener,
+        smtplib.SMTP("127.0.0.1", listener.port, "client.test", timeout=PATIENCE) as client,
+    ):
+        assert client.sock is not None
+        peer = "{}:{}".format(*client.sock.getsockname())
+        client.starttls(context=trust_all())
+        client.ehlo("\x1b")
+        client.login("app", "secret")
+        client.sendmail("a@x", ["b@x"], MAIL)
+    texts = [message.removeprefix(f"{peer}: ") for message in caplog.messages]
+    assert texts[0].startswith("S: 220 ")
+    begin = texts.index("C: STARTTLS")
+    assert texts[begin + 1] == "S: 220 Ready to start TLS"
+    assert re.fullmatch(r"TLSv1\.3 with TLS_\w+", texts[begin + 2])
+    assert texts[begin + 3] == r"C: ehlo \x1b"
+    begin = texts.index("S: 250 HELP", begin)
+    assert texts[begin + 1 : begin + 4] == [
+        "C: AUTH PLAIN ***",
+        "app logged in by AUTH PLAIN",
+        "S: 235 2.7.0 Authentication successful",
+    ]
+    assert texts[-6:] == [
+        "C: data",
+        "S: 354 End data with <CR><LF>.<CR><LF>",
+        f"C: (a mail, {len(MAIL)} octets)",
+        "S: 250 OK",
+        "C: QUIT",
+        "S: 221 Bye",
+    ]
+    assert not any("secret" in text for text in texts)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from dsmtpd.conversation import Control, Conversation, Mail, Offer, Reply, Report
+from dsmtpd.conversation import Control, Conversation, Heard, Mail, Offer, Reply, Report
 from dsmtpd.path import Path
 
 OFFER = Offer(hostname="mx.example.org")
@@ -1107,3 +1107,61 @@ def test_a_greeting_without_a_name_is_accepted_and_reported(verb: str) -> None:
     whole = say(f"{verb}\r\n{verb}  \r\n{MAIL}\r\n{RCPT}\r\n")
     assert whole.codes == [250] * 4
     assert whole.reports == [f"Other servers may refuse this: {verb} without a name"] * 2
+
+
+# What a verbose session reports.
+
+
+def heard(octets: str) -> list[str]:
+    """Return what a verbose session reports of the client that sends *octets*, cut anywhere."""
+    found = []
+    for size in (1, 7, 10_000):
+        conversation = Conversation(OFFER, verbose=True)
+        actions = pull(conversation)
+        for begin in range(0, len(octets), size):
+            conversation.receive(octets[begin : begin + size].encode())
+            actions += pull(conversation)
+        found.append([action.text for action in actions if isinstance(action, Heard)])
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+def test_a_verbose_session_reports_what_the_client_says_before_it_is_answered() -> None:
+    conversation = Conversation(OFFER, verbose=True)
+    conversation.receive(EHLO + BEGIN + b"..\r\n.\r\nBREW tea\r\n")
+    actions = pull(conversation)
+    assert [a.text if isinstance(a, Heard) else type(a).__name__ for a in actions] == [
+        *("Reply", "EHLO client", "Reply"),
+        *("MAIL FROM:<a@x>", "Reply", "RCPT TO:<b@x>", "Reply", "DATA", "Reply"),
+        *("(a mail, 4 octets)", "Mail", "Reply", "BREW ***", "Report", "Reply"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "texts"),
+    [
+        ("AUTH PLAIN AGEAc2VjcmV0\r\n", ["AUTH PLAIN ***"]),
+        ("auth login YQ==\r\nc2VjcmV0\r\n", ["AUTH login ***", "***"]),
+        (
+            "AUTH PLAIN\r\nc2VjcmV0\r\nc2VjcmV0 x\r\n",
+            ["AUTH PLAIN", "***", "A line of 10 octets"],
+        ),
+        ("AUTH c2VjcmV0= x\r\n", ["AUTH ***"]),
+        ("AUTH XSECRET\r\nSECRET\r\n", ["AUTH XSECRET", "A line of 6 octets"]),
+        ("PASS secret\r\n", ["PASS ***"]),
+        ("NOOP x  y \r\nRSET\r\n", ["NOOP x  y ", "RSET"]),
+    ],
+)
+def test_a_verbose_session_masks_what_may_be_a_password(said: str, texts: list[str]) -> None:
+    assert heard(f"EHLO x\r\n{said}")[1:] == texts
+
+
+def test_a_verbose_session_reports_a_mail_that_is_too_large_by_its_size() -> None:
+    offer = Offer(hostname="mx.example.org", max_size=3)
+    conversation = Conversation(offer, verbose=True)
+    conversation.receive(EHLO + BEGIN + b"abcdef\r\n.\r\n")
+    texts = [action.text for action in pull(conversation) if isinstance(action, (Heard, Report))]
+    assert texts[-2:] == [
+        "(a mail, 8 octets)",
+        "The mail from a@x for b@x was refused: 552 Error: Too much mail data",
+    ]

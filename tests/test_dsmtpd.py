@@ -521,6 +521,21 @@ def test_main_takes_mails_until_a_signal(
 
 
 @pytest.mark.usefixtures("stopper")
+def test_main_prints_mails_when_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-p", "0", "--print", "text"]) == 0
+    assert capsys.readouterr().out == "From: a@example.com\nSubject: Hello\n\nHi there.\n"
+
+
+@pytest.mark.usefixtures("stopper")
+def test_main_prints_the_file_that_a_mail_is_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-p", "0", "-d", str(tmp_path), "--print", "text"]) == 0
+    (mail,) = (tmp_path / "new").iterdir()
+    assert f"Subject: Hello\nFile: {mail}\n\nHi" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stopper")
 def test_an_empty_maildir_is_not_worth_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dsmtpd import logs
+from dsmtpd.output import LAST
 from tests.tools import PATIENCE
 
 if TYPE_CHECKING:
@@ -176,14 +177,14 @@ def test_at_the_end_what_nobody_reads_is_dropped_within_a_second() -> None:
         thread = threading.Thread(target=handler.emit, args=(record("dropped"),))
         thread.start()
         # There is no event for what must not happen: that it gives up before the end.
-        thread.join(2 * logs.LAST)
+        thread.join(2 * LAST)
         assert thread.is_alive()
         begin = time.monotonic()
         logs.hurry()
         for _ in range(100):
             handler.emit(record("dropped"))
         thread.join(PATIENCE)
-        assert logs.LAST <= time.monotonic() - begin < 2 * logs.LAST
+        assert LAST <= time.monotonic() - begin < 2 * LAST
 
 
 def test_what_can_be_written_at_the_end_is_written(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -34,6 +35,7 @@ from tests.tools import (
     connect,
     send,
     stored,
+    trust_all,
 )
 
 # The whole time that the end may take, from the signal on.
@@ -85,8 +87,15 @@ def test_the_installed_script_runs_the_command(
     assert "--frobnicate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run", [RUN, [str(Path(sysconfig.get_path("scripts"), "dsmtpd"))]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("run", "number"),
+    [
+        (RUN, signal.SIGTERM),
+        (RUN, signal.SIGINT),
+        (RUN, signal.SIGHUP),
+        ([str(Path(sysconfig.get_path("scripts"), "dsmtpd"))], signal.SIGTERM),
+    ],
+)
 def test_a_mail_is_logged_and_stored_until_a_signal_ends_the_command(
     start: Start, tmp_path: Path, run: list[str], number: signal.Signals
 ) -> None:
@@ -108,6 +117,44 @@ def test_without_a_maildir_no_folder_is_touched(start: Start, tmp_path: Path) ->
     code, lines = daemon.end(signal.SIGTERM)
     assert (code, len(lines)) == (0, 2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_printed_mail_is_on_stdout_when_it_is_accepted(start: Start, tmp_path: Path) -> None:
+    daemon = start("-p", "0", "-d", str(tmp_path), "--print", "json", "--tls", "implicit")
+    context = trust_all()
+    with smtplib.SMTP_SSL("127.0.0.1", daemon.port(), "client.test", context=context) as client:
+        client.login("app", "secret")
+        client.sendmail("a@example.com", ["b@example.com"], MAIL)
+        assert daemon.process.stdout is not None
+        record = json.loads(daemon.process.stdout.readline())
+    assert (record["subject"], record["text"]) == ("Hello", "Hi there.\n")
+    assert (record["tls"], record["auth_user"]) == ("TLSv1.3", "app")
+    assert Path(record["file"]).read_bytes() == stored(tmp_path)[0]
+    assert daemon.end(signal.SIGTERM)[0] == 0
+    assert daemon.process.stdout.read() == ""
+
+
+def test_a_closed_stdout_stops_the_printing_alone(start: Start, tmp_path: Path) -> None:
+    run = ["sh", "-c", 'exec "$@" >&-', "sh", *RUN]
+    daemon = start("-p", "0", "-d", str(tmp_path), "--print", "text", run=run)
+    assert "WARNING: Mails are not printed any more: Bad file descriptor" in daemon.line()
+    port = daemon.port()
+    for _ in range(2):
+        send(port)
+    assert len(stored(tmp_path)) == 2
+    code, lines = daemon.end(signal.SIGTERM)
+    assert (code, len(lines)) == (0, 3)
+
+
+def test_a_full_pipe_as_stdout_does_not_delay_the_end(start: Start) -> None:
+    daemon = start("-p", "0", "--print", "text")
+    send(daemon.port(), MAIL + b"x" * 200_000)
+    begin = time.monotonic()
+    code, lines = daemon.end(signal.SIGTERM)
+    assert time.monotonic() - begin < END_SECONDS
+    assert code == 0
+    assert "WARNING: Mails are not printed any more: Nobody reads them" in lines[-2]
+    assert lines[-1].endswith("INFO: Cleaning up")
 
 
 def test_ipv6_is_shown_in_brackets(start: Start) -> None:
@@ -298,8 +345,16 @@ def hangs(daemon: Daemon) -> bool:
     return daemon.process.stdout.readline() == "hangs\n"
 
 
-@pytest.mark.parametrize("call", ["socket.getaddrinfo", "os.access", "os.scandir"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("socket.getaddrinfo", signal.SIGINT),
+        ("socket.getaddrinfo", signal.SIGTERM),
+        ("socket.getaddrinfo", signal.SIGHUP),
+        ("os.access", signal.SIGINT),
+        ("os.scandir", signal.SIGTERM),
+    ],
+)
 def test_a_signal_ends_it_also_while_a_name_is_looked_up_or_a_folder_is_slow(
     start: Start, tmp_path: Path, call: str, number: signal.Signals
 ) -> None:

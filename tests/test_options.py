@@ -17,6 +17,8 @@ def test_the_defaults_are_those_of_the_command() -> None:
         "tls_cert": None,
         "tls_key": None,
         "tls_ca": None,
+        "printing": None,
+        "verbose": False,
     }
 
 

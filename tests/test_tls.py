@@ -207,7 +207,7 @@ def test_tls_comes_through_in_pieces_of_any_size(
     trust.maximum_version = version
     client, layer = Client(trust), Layer(context)
     shake_hands(client, layer, piece)
-    text = bytes(range(256)) * 200  # several records
+    text = bytes(range(256)) * 100  # several records
     octets = client.encrypt(b"EHLO x\r\n") + client.encrypt(text) + client.end()
     plain = b""
     for begin in range(0, len(octets), piece):

@@ -9,6 +9,7 @@ import queue
 import re
 import smtplib
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -52,6 +53,12 @@ def connect(port: int, host: str = "127.0.0.1") -> smtplib.SMTP:
 def send(port: int, content: bytes = MAIL, host: str = "127.0.0.1") -> None:
     with connect(port, host) as client:
         client.sendmail("a@example.com", ["b@example.com"], content)
+
+
+def trust_all() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def begin_data(client: smtplib.SMTP) -> None:

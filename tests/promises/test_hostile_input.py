@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 import time
 from base64 import b64encode
+from datetime import datetime, timezone
 from functools import partial
 from itertools import count, pairwise, product
 from random import Random, SystemRandom
@@ -17,6 +20,7 @@ from dsmtpd.conversation import Control, Conversation, Mail, Offer, Reply, Repor
 from dsmtpd.message import Message
 from dsmtpd.options import Options
 from dsmtpd.path import parse
+from dsmtpd.show import Arrival, as_json, as_text
 from dsmtpd.text import printable
 from dsmtpd.tls import Layer
 from tests.test_conversation import EHLO, OFFER, STARTTLS, Sessions, begin, pull
@@ -179,10 +183,10 @@ def pieces(chance: Random, octets: bytes) -> Iterator[bytes]:
         yield octets[first:end]
 
 
-def assert_one_line(shown: str) -> None:
+def assert_one_line(shown: str, most: int = 16 * 1024) -> None:
     assert len(shown.splitlines()) <= 1
-    assert len(shown.encode()) <= 16 * 1024
-    assert printable(shown, 16 * 1024) == shown
+    assert len(shown.encode()) <= most
+    assert printable(shown, most) == shown
 
 
 class Server:
@@ -274,8 +278,12 @@ def show(chance: Random, octets: bytes) -> None:
     message = Message.from_envelope(("::1", 1, 0, 0), envelope(address, addresses, content))
     summary = message.summary()
     assert summary.keys() == {"peer", "mail_from", "rcpttos", "subject"}
+    arrival = Arrival(message, datetime.now(timezone.utc))
     for shown in (" ".join(summary.values()), "; ".join(message.faults())):
         assert_one_line(shown)
+    for shown in as_text(arrival).split("\n"):
+        assert_one_line(shown, sys.maxsize)
+    assert json.loads(as_json(arrival))["size"] == len(content)
 
 
 @pytest.mark.parametrize("source", SOURCES)

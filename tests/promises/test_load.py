@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pytest
 
-from tests.tools import MAIL, PATIENCE, RUN, WARNINGS, Daemon, mails
+from tests.tools import MAIL, PATIENCE, RUN, WARNINGS, Daemon, mails, trust_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -367,7 +367,7 @@ def test_large_mails_at_the_same_time_take_little_more_memory_than_they_are_larg
     start: Start, maildir: Path, times: Times
 ) -> None:
     daemon = start("-p", "0", "-d", str(maildir), run=PLAIN)
-    port, count = daemon.port(), times(4, 20)
+    port, count = daemon.port(), times(3, 20)
 
     async def run() -> list[str]:
         async with greeted(port, count) as clients:
@@ -394,7 +394,7 @@ def test_the_memory_does_not_grow_with_the_number_of_mails(
     start: Start, maildir: Path, times: Times
 ) -> None:
     daemon = start("-p", "0", "-d", str(maildir), run=PLAIN)
-    port, warm_up, count = daemon.port(), times(500, 4000), times(2000, 60_000)
+    port, warm_up, count = daemon.port(), times(500, 4000), times(1000, 60_000)
 
     async def run() -> int:
         async with greeted(port, 4) as clients:
@@ -406,12 +406,6 @@ def test_the_memory_does_not_grow_with_the_number_of_mails(
     assert carry_out(run()) < 2 * KIB_PER_MIB
     assert mails(maildir) == [MAIL] * count
     assert errors(daemon) == []
-
-
-def trust_all() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 TRUST_ALL = trust_all()
