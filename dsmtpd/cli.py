@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from docopt import DocoptExit, docopt
 
 from dsmtpd import __version__
+from dsmtpd.failures import Rule, RuleError
 from dsmtpd.options import Options
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ USAGE = """\
 dsmtpd takes every mail, shows it as one line, and never sends any.
 
 Usage:
-  dsmtpd [options]
+  dsmtpd [options] [--fail RULE]...
 
 Options:
   -p PORT, --port PORT        Listen on this port; 0 takes a free one [default: 1025].
@@ -27,6 +28,9 @@ Options:
   -d DIR, --directory DIR     Store the mails in this Maildir, which is made if need be;
                               without it, nothing is stored.
   --print FORM                Print each mail on stdout, as text or as json.
+  --fail RULE                 Have replies fail: STAGE:CODE[:PATTERN][:TIMES], where STAGE is
+                              connect, auth, mail, rcpt or data, and CODE 400 to 599, drop
+                              or delay=SECONDS. May be given several times.
   -v, --verbose               Log the whole SMTP dialogue, without passwords.
   -s BYTES, --max-size BYTES  Take no larger message; 0 takes any [default: 33554432].
   --disable-smtputf8          Do not offer SMTPUTF8, and refuse non-ASCII addresses.
@@ -88,6 +92,7 @@ def _options(arguments: dict[str, Any]) -> Options:
         tls_ca=_path("--tls-ca", arguments["--tls-ca"], "a file"),
         printing=_choice("--print", arguments["--print"], "text", "json"),
         verbose=arguments["--verbose"],
+        failures=tuple(_rule("--fail", text) for text in arguments["--fail"]),
     )
 
 
@@ -146,6 +151,13 @@ def _number(option: str, value: str, wanted: str, most: float = float("inf")) ->
     if _NUMBER.fullmatch(value) and int(value) <= most:
         return int(value)
     raise UsageError(f"{option}: {value!r} is not {wanted}")
+
+
+def _rule(option: str, text: str) -> Rule:
+    try:
+        return Rule.parse(text)
+    except RuleError as error:
+        raise UsageError(f"{option} {text}: {error}") from None
 
 
 def _choice(option: str, value: str | None, one: str, other: str) -> Any:

@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any, cast
 from aiosmtpd.smtp import Envelope, Session
 
 from dsmtpd import __version__, tls
-from dsmtpd.conversation import Control, Conversation, Heard, Mail, Offer, Reply, Report
+from dsmtpd.conversation import (
+    Control,
+    Conversation,
+    Delay,
+    Heard,
+    Mail,
+    Offer,
+    Reply,
+    Report,
+)
+from dsmtpd.failures import Failures
 from dsmtpd.text import endpoint, printable
 
 if TYPE_CHECKING:
-    from dsmtpd.conversation import Action
+    from dsmtpd.conversation import Action, Failure, Stage
     from dsmtpd.options import Options
 
 log = logging.getLogger(__package__)
@@ -51,6 +61,7 @@ class Service:
 
     *ca*: the certificate in PEM of the CA that clients may trust, if it has been made for TLS.
     *verbose*: whether the dialogue is logged.
+    *failures*: which replies are to fail, if any.
     *clients*: the connections that are open, or that have a delivery under way.
     *input*: the buffer for what arrives.
     """
@@ -69,6 +80,7 @@ class Service:
             tls=options.tls,
         )
         self.verbose = options.verbose
+        self.failures = Failures(options.failures) if options.failures else None
         self.input = bytearray(_INPUT_OCTETS)
         self.clients: set[Connection] = set()
         self._outbox: list[Connection] = []
@@ -103,7 +115,9 @@ class Connection(asyncio.BufferedProtocol):
         """Wait for the connection to be made."""
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._conversation = Conversation(service.offer, verbose=service.verbose)
+        self._conversation = Conversation(
+            service.offer, verbose=service.verbose, ask=self._ask if service.failures else None
+        )
         self._session = Session(self._loop)
         self._transport: asyncio.Transport | None = None
         self._tls: tls.Layer | None = None
@@ -114,6 +128,7 @@ class Connection(asyncio.BufferedProtocol):
         self._heard = 0.0  # when the client was last heard of
         self._is_blocked = False  # The client does not read.
         self._is_full = False  # We do not read.
+        self._is_delayed = False  # We wait, as that has been asked for.
         self._is_ending = False  # We end the session: the server stops, or has failed.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -199,7 +214,7 @@ class Connection(asyncio.BufferedProtocol):
         """Do a few things; leave more of them to another turn."""
         end = time.monotonic() + _TURN
         for _ in takewhile(lambda _: time.monotonic() < end, range(_ACTIONS)):
-            if self._is_blocked or self._is_ending:
+            if self._is_blocked or self._is_ending or self._is_delayed:
                 break
             action = self._conversation.next_action()
             if action is None:
@@ -209,7 +224,8 @@ class Connection(asyncio.BufferedProtocol):
             self._turn = self._loop.call_soon(self._take_turn)
         if self._replies:
             self._service.post(self)
-        if self._is_full is not (self._conversation.unread > _UNREAD_OCTETS):
+        has_enough = self._is_delayed or self._conversation.unread > _UNREAD_OCTETS
+        if self._is_full is not has_enough:
             self._is_full = not self._is_full
             transport = cast("asyncio.Transport", self._transport)
             if self._is_full:
@@ -218,8 +234,15 @@ class Connection(asyncio.BufferedProtocol):
                 transport.resume_reading()
 
     def _take_turn(self) -> None:
-        self._turn = None
+        self._turn, self._is_delayed = None, False
+        self._heard = self._loop.time()
         self._proceed()
+
+    def _ask(self, stage: Stage, subject: str) -> Failure | None:
+        if stage == "connect":
+            # Without its port; that of a Unix socket has none.
+            subject = endpoint(self._session.peer).rpartition(":")[0].strip("[]")
+        return cast("Failures", self._service.failures).ask(stage, subject)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Reply):
@@ -233,6 +256,12 @@ class Connection(asyncio.BufferedProtocol):
             self._report(action)
         elif isinstance(action, Heard):
             self._log(logging.INFO, f"C: {action.text}")
+        elif isinstance(action, Delay):
+            self._is_delayed = True
+            self._turn = self._loop.call_later(action.seconds, self._take_turn)
+        elif action is Control.CUT:
+            self.flush()
+            self._cut()
         elif action is Control.BEGIN_TLS:
             self.flush()
             self._tls = tls.Layer(cast("ssl.SSLContext", self._service.context))
@@ -363,7 +392,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._is_shaking_hands:
             self._fail(_LATE)
             return
-        if self._delivery is not None:
+        if self._delivery is not None or self._is_delayed:
             self._heard = self._loop.time()
         patience = self._heard + _PATIENCE - self._loop.time()
         if patience > 0:

@@ -109,6 +109,12 @@ class Report(NamedTuple):
     warns: bool = True
 
 
+class Delay(NamedTuple):
+    """Wait so many *seconds* before anything else is done."""
+
+    seconds: float
+
+
 class Heard(NamedTuple):
     """Log this *text*: what the client has said, but for what may be a password."""
 
@@ -116,7 +122,7 @@ class Heard(NamedTuple):
 
 
 class Control(Enum):
-    """What else is to be done: begin TLS, or close the connection once all replies are sent.
+    """What else is to be done: begin TLS, close the connection when all is sent, or cut it.
 
     TLS means to shake hands, and then to call `Conversation.tls_begun`; what arrives from now on is
     encrypted.
@@ -124,9 +130,24 @@ class Control(Enum):
 
     BEGIN_TLS = auto()
     CLOSE = auto()
+    CUT = auto()
 
 
-Action = Reply | Mail | Report | Heard | Control
+Action = Reply | Mail | Report | Delay | Heard | Control
+
+Stage = Literal["connect", "auth", "mail", "rcpt", "data"]
+
+
+class Failure(NamedTuple):
+    """How a reply is to fail: by another *reply*, by a *drop* of the connection, or by a *delay*.
+
+    *text*: what to report. *delay*: in seconds.
+    """
+
+    text: str
+    reply: str = ""
+    drop: bool = False
+    delay: float = 0
 
 
 class State(Enum):
@@ -268,12 +289,20 @@ class Conversation:
     *user*: who has logged in, or None.
     """
 
-    def __init__(self, offer: Offer, *, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        offer: Offer,
+        *,
+        verbose: bool = False,
+        ask: Callable[[Stage, str], Failure | None] | None = None,
+    ) -> None:
         """Begin with the greeting, or with TLS if that is implicit.
 
-        *verbose*: also report what the client says.
+        *verbose*: also report what the client says. *ask*: is asked before each reply that can
+        fail, with what that is about: nothing, the user, the reverse-path or the recipient.
         """
         self._offer = offer
+        self._ask = ask
         self._verbose = verbose
         self._encoding = ("utf-8", "surrogateescape") if offer.smtputf8 else ("ascii", "strict")
         self._actions: deque[Action] = deque()
@@ -281,13 +310,12 @@ class Conversation:
         self._ended = False  # The client has closed its half.
         self._encrypted = False
         self._mute = False  # The client has said nothing since the handshake.
+        self._has_greeted = False
         self._warnings = self._unknown_commands = 0  # since the last mail
         self._forget()
         if offer.tls == "implicit":
             self._state = _HANDSHAKE
             self._actions.append(Control.BEGIN_TLS)
-        else:
-            self._greet()
 
     def _forget(self) -> None:
         """Know nothing of the client, as at the beginning and after STARTTLS."""
@@ -303,7 +331,30 @@ class Conversation:
         self._arriving: _Transaction | None = None  # after DATA
 
     def _greet(self) -> None:
-        self._answer(f"220 {self._offer.hostname} {self._offer.ident}")
+        self._has_greeted = True
+        if not self._fails("connect"):
+            self._answer(f"220 {self._offer.hostname} {self._offer.ident}")
+        elif self._state is not _OVER:
+            self._close()
+
+    def _fails(self, stage: Stage, subject: str = "") -> bool:
+        """Ask whether the reply about *subject* is to fail; if so, tell so, and reply otherwise."""
+        failure = self._ask(stage, subject) if self._ask else None
+        if failure is None:
+            return False
+        self._actions.append(Report(failure.text, warns=False))
+        if failure.drop:
+            self._mute = False
+            self._end()
+            self._actions.append(Control.CUT)
+        elif failure.delay:
+            self._actions.append(Delay(failure.delay))
+            return False
+        else:
+            self._answer(failure.reply)
+            if failure.reply.startswith("421"):
+                self._close()
+        return True
 
     @property
     def unread(self) -> int:
@@ -371,6 +422,9 @@ class Conversation:
     def next_action(self) -> Action | None:
         """Return the next thing to do, or None when it takes more octets, a delivery or TLS."""
         while not self._actions:
+            if not self._has_greeted and self._state is _COMMAND:
+                self._greet()
+                continue
             if self._state is _COMMAND or self._state is _RESPONSE:
                 if self._is_new and (stranger := _STRANGER.match(self._buffer)):
                     self._warn(f"The client speaks {_STRANGERS[str(stranger.lastgroup)]}")
@@ -557,7 +611,10 @@ class Conversation:
         try:
             self._challenge(exchange, exchange.send(auth.decode(response)))
         except StopIteration as done:
-            self.user, self._verb = str(done.value), b""
+            user = str(done.value)
+            if self._fails("auth", user):
+                return
+            self.user, self._verb = user, b""
             text = f"{self.user} logged in by AUTH {self._mechanism}"
             self._actions.append(Report(text, warns=False))
             self._answer("235 2.7.0 Authentication successful")
@@ -578,8 +635,9 @@ class Conversation:
         size = path.parameters.get("SIZE", "")
         if self._offer.max_size and _SIZE.fullmatch(size) and int(size) > self._offer.max_size:
             raise _Refusal("552 Error: message size exceeds fixed maximum message size")
-        self._transaction = transaction
-        self._answer("250 OK")
+        if not self._fails("mail", path.address):
+            self._transaction = transaction
+            self._answer("250 OK")
 
     def _rcpt(self, argument: str) -> None:
         """Accept a recipient (RFC 5321, section 4.1.1.3)."""
@@ -593,8 +651,9 @@ class Conversation:
         if path is None:
             raise _Refusal("501 Syntax: RCPT TO:<address>")
         self._report("RCPT", argument, path, transaction)
-        transaction.forward_paths.append(path)
-        self._answer("250 OK")
+        if not self._fails("rcpt", path.address):
+            transaction.forward_paths.append(path)
+            self._answer("250 OK")
 
     def _report(self, verb: str, argument: str, path: Path, transaction: _Transaction) -> None:
         """Report what other servers may refuse in a command."""
@@ -647,7 +706,7 @@ class Conversation:
             if content.is_too_large:
                 self._state = _COMMAND
                 self._refuse(f"The mail {transaction}", "552 Error: Too much mail data")
-            else:
+            elif not self._has_failed(transaction):
                 self._state = _DELIVERY
                 paths = tuple(transaction.forward_paths)
                 self._actions.append(Mail(transaction.reverse_path, paths, content.octets()))
@@ -655,6 +714,10 @@ class Conversation:
             text = "The client ends lines with LF alone, without CR, and so never ends its mail"
             self._warn(f"{text} {transaction}")
         return begin
+
+    def _has_failed(self, transaction: _Transaction) -> bool:
+        self._state = _COMMAND
+        return self._fails("data", transaction.reverse_path.address)
 
     def _rset(self, _argument: str) -> None:
         """Forget the mail that has begun (RFC 5321, section 4.1.1.5)."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from dsmtpd.failures import Rule
 
 DEFAULT_INTERFACE = "127.0.0.1"
 DEFAULT_PORT = 1025
@@ -25,6 +28,7 @@ class Options(NamedTuple):
     *tls_ca*: the file that the CA of a made certificate is written to, None for a temporary one.
     *printing*: print each mail as `text` or as `json`, or None.
     *verbose*: log the whole dialogue.
+    *failures*: rules that say which replies are to fail.
     """
 
     interface: str = DEFAULT_INTERFACE
@@ -39,3 +43,4 @@ class Options(NamedTuple):
     tls_ca: str | None = None
     printing: Literal["text", "json"] | None = None
     verbose: bool = False
+    failures: tuple[Rule, ...] = ()

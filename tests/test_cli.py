@@ -8,6 +8,7 @@ import pytest
 
 from dsmtpd import __version__
 from dsmtpd.cli import UsageError, parse_args
+from dsmtpd.failures import Rule
 from dsmtpd.options import Options
 
 
@@ -34,6 +35,10 @@ def test_no_arguments_ask_for_the_defaults() -> None:
         (
             ["--tls=implicit", "--tls-cert=cert", "--tls-key=key"],
             Options(tls="implicit", tls_cert="cert", tls_key="key"),
+        ),
+        (
+            ["--fail", "rcpt:451", "-p0", "--fail=mail:drop:a@x"],
+            Options(port=0, failures=(Rule.parse("rcpt:451"), Rule.parse("mail:drop:a@x"))),
         ),
         (["-v"], Options(verbose=True)),
         (["--verbose"], Options(verbose=True)),
@@ -88,6 +93,8 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-d", ""], "--directory: '' is not a folder"),
         (["-i", ""], "--interface: '' is not a host"),
         (["--tls", "yes"], "--tls: 'yes' is neither starttls nor implicit"),
+        (["--fail", "x:451"], "--fail x:451: 'x' is none of connect, auth, mail, rcpt, data"),
+        (["--fail"], "--fail requires argument"),
         (["--print", "html"], "--print: 'html' is neither text nor json"),
         (["--tls", ""], "--tls: '' is neither starttls nor implicit"),
         (["--tls"], "--tls requires argument"),

@@ -16,6 +16,7 @@ import pytest
 from aiosmtpd.smtp import Envelope, Session
 
 from dsmtpd import connection
+from dsmtpd.failures import Rule
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
 from tests.tools import (
@@ -573,3 +574,46 @@ def test_a_verbose_session_is_logged_in_both_directions_with_its_peer(
         "S: 221 Bye",
     ]
     assert not any("secret" in text for text in texts)
+
+
+def test_a_reply_that_is_delayed_comes_later_and_reading_waits_for_it(clock: Clock) -> None:
+    async def talk() -> None:
+        wire = Wire(Handler(), failures=(Rule.parse("mail:delay=400:a@*:1"),))
+        await wire.open()
+        await wire.send(b"HELO x\r\nMAIL FROM:<a@x>\r\n")
+        assert codes(wire.read().splitlines()) == [220, 250]
+        count = await wire.fill(HELP * 100, MOST) // len(HELP)
+        assert count * len(HELP) < MOST // 2
+        clock.ahead += 399
+        await turns(6)
+        assert wire.read() == b""
+        clock.ahead += 1
+        assert codes(await wire.lines(1 + count)) == [250, *[214] * count]
+        await wire.replies()
+
+    clock.run_until_complete(talk())
+
+
+def test_a_connection_that_is_to_be_cut_is_told_what_was_said_before() -> None:
+    rule = Rule.parse("rcpt:drop")
+    replies = converse(
+        [b"HELO x\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nNOOP\r\n"], Handler(), failures=(rule,)
+    )
+    assert codes(replies) == [220, 250, 250]
+
+
+def test_the_peers_address_decides_whether_it_may_connect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "dsmtpd")
+    rules = (Rule.parse("connect:421:192.0.2.*"), Rule.parse("connect:554:127.0.0.?:1"))
+    with Listener(Handler(), Options(port=0, failures=rules)) as listener:
+        with pytest.raises(smtplib.SMTPConnectError) as raised:
+            connect(listener.port)
+        assert raised.value.smtp_code == 554
+        connect(listener.port).close()
+    (text,) = caplog.messages
+    assert text.endswith(
+        ": connect 127.0.0.1: 554 5.0.0 Failed on demand, as --fail connect:554:127.0.0.?:1 asks"
+    )
+    assert troubles(caplog) == []

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from dsmtpd.conversation import Control, Conversation, Heard, Mail, Offer, Reply, Report
+from dsmtpd.conversation import (
+    Control,
+    Conversation,
+    Delay,
+    Failure,
+    Heard,
+    Mail,
+    Offer,
+    Reply,
+    Report,
+    Stage,
+)
 from dsmtpd.path import Path
 
 OFFER = Offer(hostname="mx.example.org")
@@ -1165,3 +1176,95 @@ def test_a_verbose_session_reports_a_mail_that_is_too_large_by_its_size() -> Non
         "(a mail, 8 octets)",
         "The mail from a@x for b@x was refused: 552 Error: Too much mail data",
     ]
+
+
+# Replies that fail on demand.
+
+
+def session(failure: Failure, *, stage: Stage, offer: Offer = OFFER) -> Conversation:
+    """Return a session whose replies at a *stage* fail."""
+    return Conversation(offer, ask=lambda at, _: failure if at == stage else None)
+
+
+STEPS = [
+    b"EHLO x\r\n",
+    f"{LOGIN}\r\n".encode(),
+    b"MAIL FROM:<a@x>\r\n",
+    b"RCPT TO:<b@x>\r\n",
+    b"DATA\r\nhi\r\n.\r\n",
+    b"NOOP\r\n",
+]
+
+
+def run(conversation: Conversation) -> list[object]:
+    actions = pull(conversation)
+    for step in STEPS:
+        conversation.receive(step)
+        actions += pull(conversation)
+    return [a for a in actions if not isinstance(a, Report) or a.text == "why"]
+
+
+def short(actions: list[object]) -> list[object]:
+    return [int(a.octets[:3]) if isinstance(a, Reply) else a for a in actions]
+
+
+def test_before_each_reply_that_can_fail_one_question_is_asked() -> None:
+    asked: list[tuple[Stage, str]] = []
+    conversation = Conversation(OFFER, ask=lambda *question: asked.append(question))
+    assert [a for a in short(run(conversation)) if not isinstance(a, Mail)] == [
+        *(220, 250, 235, 250, 250, 354, 250, 250)
+    ]
+    assert asked == [
+        ("connect", ""),
+        ("auth", "app@example.com"),
+        ("mail", "a@x"),
+        ("rcpt", "b@x"),
+        ("data", "a@x"),
+    ]
+
+
+WHY = Report("why", warns=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "replies"),
+    [
+        ("connect", [WHY, 451, Control.CLOSE]),
+        ("auth", [220, 250, WHY, 451, 250, 250, 354, "mail", 250, 250]),
+        ("mail", [220, 250, 235, WHY, 451, 503, 503, 500, 500, 250]),
+        ("rcpt", [220, 250, 235, 250, WHY, 451, 503, 500, 500, 250]),
+        ("data", [220, 250, 235, 250, 250, 354, WHY, 451, 250]),
+    ],
+)
+def test_a_reply_fails_by_its_code_and_the_session_goes_on(
+    stage: Stage, replies: list[object]
+) -> None:
+    conversation = session(Failure("why", "451 4.0.0 no"), stage=stage)
+    found = short(run(conversation))
+    assert ["mail" if isinstance(a, Mail) else a for a in found] == replies
+    assert conversation.user == (None if stage in {"auth", "connect"} else "app@example.com")
+
+
+@pytest.mark.parametrize("stage", ["connect", "auth", "mail", "rcpt", "data"])
+def test_a_421_ends_the_session_and_a_drop_cuts_it(stage: Stage) -> None:
+    conversation = session(Failure("why", "421 4.0.0 no"), stage=stage)
+    assert short(run(conversation))[-3:] == [WHY, 421, Control.CLOSE]
+    conversation = session(Failure("why", drop=True), stage=stage)
+    assert short(run(conversation))[-2:] == [WHY, Control.CUT]
+
+
+def test_a_drop_after_the_handshake_is_no_fault_of_the_client() -> None:
+    conversation = session(Failure("why", drop=True), stage="connect", offer=IMPLICIT)
+    assert pull(conversation) == [Control.BEGIN_TLS]
+    conversation.tls_begun()
+    assert pull(conversation) == [WHY, Control.CUT]
+
+
+@pytest.mark.parametrize("stage", ["connect", "auth", "mail", "rcpt", "data"])
+def test_a_delay_comes_before_the_reply(stage: Stage) -> None:
+    conversation = session(Failure("why", delay=3), stage=stage)
+    found = short(run(conversation))
+    place = found.index(Delay(3))
+    assert found[place - 1] == WHY
+    assert isinstance(found[place + 1], Mail if stage == "data" else int)
+    assert [a for a in found if isinstance(a, int)] == [220, 250, 235, 250, 250, 354, 250, 250]

@@ -19,6 +19,7 @@ def test_the_defaults_are_those_of_the_command() -> None:
         "tls_ca": None,
         "printing": None,
         "verbose": False,
+        "failures": (),
     }
 
 
