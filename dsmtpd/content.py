@@ -52,14 +52,12 @@ class Content(NamedTuple):
     *fields*: the header's names and values, unfolded and decoded, in their order.
     *text*, *html*: the first body of each kind, with LF at the ends of lines; empty when there is
     none.
-    *links*: the URLs in the text and what the HTML links to, each once, in their order.
     *attachments*: all other parts, shown inline or not.
     """
 
     fields: tuple[tuple[str, str], ...]
     text: str
     html: str
-    links: tuple[str, ...]
     attachments: tuple[Attachment, ...]
 
     @classmethod
@@ -74,9 +72,8 @@ class Content(NamedTuple):
     def _of(cls, mail: Message) -> Content:
         parts = [*_parts(mail)]
         text, html = _take(parts, "text/plain"), _take(parts, "text/html")
-        links = dict.fromkeys([*_urls(text), *Reader(html).links])
         fields = tuple((name, _value(value)) for name, value in mail.items())
-        return cls(fields, text, html, tuple(links), tuple(map(_attachment, parts)))
+        return cls(fields, text, html, tuple(map(_attachment, parts)))
 
     def field(self, name: str) -> str:
         """Return the values of the fields of that *name*, joined by commas."""
@@ -86,6 +83,11 @@ class Content(NamedTuple):
     def subject(self) -> str:
         """The first Subject; empty when there is none."""
         return next((value for name, value in self.fields if name.lower() == "subject"), "")
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """The URLs in the text and what the HTML links to, each once, in their order."""
+        return tuple(dict.fromkeys([*_urls(self.text), *Reader(self.html).links]))
 
     def readable(self) -> str:
         """Return the text, or the HTML as a text in which links are shown."""

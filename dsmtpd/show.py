@@ -135,7 +135,7 @@ class Printer:
     async def show(self, message: Message, session: Any, file: str | None) -> None:
         """Print *message* of a *session*, which is stored in *file*.
 
-        Return when that is done, or hardly will be soon.
+        Return when that is done, or when nobody seems to read it.
         """
         if self._output is None:
             return

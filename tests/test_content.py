@@ -116,6 +116,14 @@ def test_a_text_that_is_attached_or_comes_second_is_an_attachment() -> None:
     ]
 
 
+def test_a_text_that_is_attached_without_a_name_is_no_body() -> None:
+    whole = content("Content-Disposition: attachment", "", "attached")
+    assert (whole.text, whole.attachments) == (
+        "",
+        (Attachment("", "text/plain", b"attached\r\n"),),
+    )
+
+
 def test_a_mail_without_a_text_has_none() -> None:
     whole = content("Content-Type: text/html", "", "<p>Hi")
     assert (whole.text, whole.html, whole.attachments) == ("", "<p>Hi\n", ())

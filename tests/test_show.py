@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import time
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
@@ -199,8 +200,10 @@ def test_without_a_thread_nothing_is_printed(
 def test_what_nobody_reads_delays_one_reply_and_the_end_by_little(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(show, "_PATIENCE", 0.01)
+    monkeypatch.setattr(show, "_PATIENCE", 0.3)
+    begin = time.monotonic()
     print_all(pipe[1], b"x" * 100_000, *[b"y"] * 100)
+    assert time.monotonic() - begin < PATIENCE  # If each reply waited, it would be 30 s.
     assert troubles(caplog) == [("WARNING", f"{ENDED}Nobody reads them")]
 
 
