@@ -16,8 +16,9 @@ from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from dsmtpd import __version__, logs, signals
+from dsmtpd import __version__, command, logs, signals
 from dsmtpd.cli import UsageError, parse_args
+from dsmtpd.command import CommandError
 from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
 from dsmtpd.message import CHECKED_OCTETS, Message
 from dsmtpd.options import DEFAULT_INTERFACE, DEFAULT_PORT
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     logs.configure()
     try:
-        _serve(parse_args(argv))
+        code = _serve(parse_args(argv))
     except UsageError as error:
         with suppress(OSError):
             print(f"dsmtpd: {printable(str(error))}", file=sys.stderr)  # noqa: T201
@@ -188,16 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_StorageError, TLSError, ListenError) as error:
         log.error("%s", printable(str(error)))
         return 1 if isinstance(error, ListenError) else 2
-    except StopError as error:
-        log.error("%s", printable(f"{error}: dsmtpd does not wait for the disk any longer"))
-        log.info("Cleaning up")
-        os._exit(0)  # Python itself would wait.
+    except CommandError as error:
+        log.error("%s", printable(str(error)))
+        code = error.code
     log.info("Cleaning up")
-    return 0
+    return code
 
 
-def _serve(options: Options) -> None:
-    """Serve clients until a signal asks to stop; raises `StopError` when something hangs then.
+def _serve(options: Options) -> int:
+    """Serve clients until a signal asks to stop, or the command has ended; return the exit code.
 
     What may take long, as a folder or a resolver does, comes first: there, a signal ends the
     process at once.
@@ -209,20 +209,45 @@ def _serve(options: Options) -> None:
         if handler.maildir is not None:
             handler.maildir.clean()
     listener = Listener(handler, options)
-    with (
-        signals.blocked() as stopping,
-        printer or nullcontext(),
-        listener,
-        # Not before it listens: the clients of another dsmtpd may need the file.
-        ca_file(listener.ca, options.tls_ca) as ca,
-    ):
-        announcing = _begin(partial(_announce, options, listener, ca))
-        signals.wait(stopping)
-        logs.hurry()
+    code = 0
+    try:
+        with (
+            signals.blocked(*(command.PASSED_ON if options.command else ())) as held,
+            printer or nullcontext(),
+            listener,
+            # Not before it listens: the clients of another dsmtpd may need the file.
+            ca_file(listener.ca, options.tls_ca) as ca,
+        ):
+            announcing = _begin(partial(_announce, options, listener, ca))
+            if options.command:
+                code = command.run(options.command, _variables(options, listener, ca), held)
+            else:
+                signals.wait(held)
+            logs.hurry()
+        _join(announcing, options)
+    except StopError as error:
+        log.error("%s", printable(f"{error}: dsmtpd does not wait for the disk any longer"))
+        log.info("Cleaning up")
+        os._exit(code)  # Python itself would wait.
+    return code
+
+
+def _join(announcing: Thread | None, options: Options) -> None:
     if announcing is not None:
         announcing.join(_PATIENCE)
         if announcing.is_alive():
             raise StopError(f"The mails in {options.directory} have not been counted")
+
+
+def _variables(options: Options, listener: Listener, ca: str | None) -> dict[str, str]:
+    """Return how a command finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.host, listener.host)  # noqa: S104
+    variables = {"DSMTPD_HOST": host, "DSMTPD_PORT": str(listener.port)}
+    if options.directory is not None:
+        variables["DSMTPD_DIRECTORY"] = os.path.abspath(options.directory)  # noqa: PTH100
+    if ca is not None:
+        variables["DSMTPD_TLS_CA"] = os.path.abspath(ca)  # noqa: PTH100
+    return variables
 
 
 def _printer(options: Options) -> Printer | None:

@@ -22,6 +22,9 @@ dsmtpd takes every mail, shows it as one line, and never sends any.
 Usage:
   dsmtpd [options] [--fail RULE]...
 
+Add -- COMMAND [ARG...] to run a command once dsmtpd listens, and to end with it and with its
+exit code. DSMTPD_HOST, DSMTPD_PORT, DSMTPD_DIRECTORY and DSMTPD_TLS_CA tell it of the server.
+
 Options:
   -p PORT, --port PORT        Listen on this port; 0 takes a free one [default: 1025].
   -i NAME, --interface NAME   Listen on this address or host name [default: 127.0.0.1].
@@ -66,14 +69,25 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 
     Raises `UsageError` for an argument that is unknown, given twice, incomplete or out of range.
     """
-    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    ours, command = _split(sys.argv[1:] if argv is None else list(argv))
+    arguments = _parse(ours)
     try:
-        return _options(arguments)
+        return _options(arguments, command)
     except UsageError as error:
         raise UsageError(f"{error} {_POINTER}") from None
 
 
-def _options(arguments: dict[str, Any]) -> Options:
+def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """Return our arguments in *argv*, and the command after `--`, None when there is no `--`."""
+    if "--" not in argv:
+        return argv, None
+    end = argv.index("--")
+    return argv[:end], argv[end + 1 :]
+
+
+def _options(arguments: dict[str, Any], command: list[str] | None) -> Options:
+    if command == []:
+        raise UsageError("No command after --")
     for option, needed in _NEEDS.items():
         if arguments[option] is not None and arguments[needed] is None:
             raise UsageError(f"{option} needs {needed}")
@@ -93,6 +107,7 @@ def _options(arguments: dict[str, Any]) -> Options:
         printing=_choice("--print", arguments["--print"], "text", "json"),
         verbose=arguments["--verbose"],
         failures=tuple(_rule("--fail", text) for text in arguments["--fail"]),
+        command=tuple(command or ()),
     )
 
 

@@ -29,6 +29,7 @@ class Options(NamedTuple):
     *printing*: print each mail as `text` or as `json`, or None.
     *verbose*: log the whole dialogue.
     *failures*: rules that say which replies are to fail.
+    *command*: the command, with its arguments, to run beside the server and to end with.
     """
 
     interface: str = DEFAULT_INTERFACE
@@ -44,3 +45,4 @@ class Options(NamedTuple):
     printing: Literal["text", "json"] | None = None
     verbose: bool = False
     failures: tuple[Rule, ...] = ()
+    command: tuple[str, ...] = ()

@@ -22,13 +22,14 @@ def end_at_once() -> None:
 
 
 @contextmanager
-def blocked() -> Iterator[Collection[signal.Signals]]:
-    """Hold the signals back, in this thread and those that it starts; yield them, for `wait`.
+def blocked(*more: signal.Signals) -> Iterator[Collection[signal.Signals]]:
+    """Hold the signals, and *more*, back in this thread and those that it starts; yield them.
 
     This way none gets lost, whenever it is sent. What the process was started to ignore stays
     ignored, as SIGINT is in a script's `dsmtpd &`, and SIGHUP after `nohup`.
     """
-    signals = {number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN}
+    held = (*_STOPPING, *more)
+    signals = {number for number in held if signal.getsignal(number) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield signals

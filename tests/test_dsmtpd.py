@@ -701,6 +701,36 @@ def test_a_folder_that_hangs_does_not_keep_the_process(
     assert caplog.messages[-2:] == [f"{what}: {NO_LONGER}", "Cleaning up"]
 
 
+def test_the_exit_code_of_a_command_survives_a_folder_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, scandir = Gate(), os.scandir
+
+    def count(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+        if folder == tmp_path / "new":
+            gate.pass_through()
+        return scandir(folder)
+
+    def leave(code: int) -> None:
+        gate.opened.set()
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "scandir", count)
+    monkeypatch.setattr(_dsmtpd, "_PATIENCE", 0.1)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as raised:
+        main(["-p", "0", "-d", str(tmp_path), "--", "sh", "-c", "exit 3"])
+    assert raised.value.code == 3
+
+
+def test_a_command_that_cannot_be_run_is_an_error_and_its_exit_code(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main(["-p", "0", "--tls", "starttls", "--", "/dev/null"]) == 126
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == ["Cannot run /dev/null: Permission denied"]
+
+
 def test_bad_usage_is_a_line_without_a_time_and_exit_code_2(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

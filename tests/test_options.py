@@ -20,6 +20,7 @@ def test_the_defaults_are_those_of_the_command() -> None:
         "printing": None,
         "verbose": False,
         "failures": (),
+        "command": (),
     }
 
 

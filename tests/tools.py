@@ -272,6 +272,7 @@ class Daemon:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         log_lines: int | None = None,
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         """Start it; of its log read only so many lines, and then close the pipe, when asked to."""
         self.arguments = arguments
@@ -280,7 +281,7 @@ class Daemon:
         environment.pop("PYTHONUNBUFFERED", None)
         self.process = subprocess.Popen(
             [*run, *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**environment, **(env or {})},

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import sys
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dsmtpd.command import CommandError, run
+from tests.test_main import with_preparation
+from tests.tools import stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.tools import Daemon
+
+NONE: list[signal.Signals] = []
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 143), ("kill -KILL $$", 137)],
+)
+def test_its_exit_code_is_that_of_the_command(script: str, code: int) -> None:
+    assert run(["sh", "-c", script], {}, NONE) == code
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "code"),
+    [("no-such", "No such file or directory", 127), ("/dev/null", "Permission denied", 126)],
+)
+def test_a_command_that_cannot_be_run_is_told_of_as_shells_do(
+    name: str, reason: str, code: int
+) -> None:
+    with pytest.raises(CommandError) as raised:
+        run([name, "x"], {}, NONE)
+    assert str(raised.value) == f"Cannot run {name}: {reason}"
+    assert raised.value.code == code
+
+
+def test_it_has_its_arguments_and_more_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER", "kept")
+    script = 'printf "%s\\n" "$@" "$OTHER" "$PORT" >"$OUT"'
+    out = tmp_path / "out"
+    code = run(["sh", "-c", script, "sh", "a b", ""], {"PORT": "1", "OUT": str(out)}, NONE)
+    assert (code, out.read_text()) == (0, "a b\n\nkept\n1\n")
+
+
+def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    script = f"grep -E 'SigBlk|SigIgn' /proc/self/status >{out}"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        assert run(["sh", "-c", script], {}, NONE) == 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    blocked, ignored = (int(line.split()[1], 16) for line in out.read_text().splitlines())
+    assert blocked == 0
+    assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
+
+
+# It counts each SIGINT, of which the first one has it ask dsmtpd for a SIGTERM: when that comes,
+# all others have come.
+COUNT = """
+import os, signal, sys
+count = 0
+def interrupted(*_):
+    global count
+    count += 1
+    os.kill(os.getppid(), signal.SIGTERM)
+signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(10 + count))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+COUNTING = ("--", sys.executable, "-c", COUNT)
+
+
+def ready(daemon: Daemon) -> bool:
+    assert daemon.process.stdout is not None
+    return daemon.process.stdout.readline().strip() == "ready"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
+def test_a_command_does_not_outlive_dsmtpd(
+    start: Callable[..., Daemon], number: signal.Signals
+) -> None:
+    daemon = start("-p", "0", "--", "sh", "-c", "echo ready; exec sleep 60")
+    assert ready(daemon)
+    code, (*_, last) = daemon.end(number)
+    assert code == 128 + number
+    assert last.endswith(" INFO: Cleaning up")
+
+
+def test_a_signal_is_passed_on_once(start: Callable[..., Daemon]) -> None:
+    daemon = start("-p", "0", *COUNTING)
+    assert ready(daemon)
+    code, (_, last) = daemon.end(signal.SIGINT)
+    assert code == 11
+    assert last.endswith("INFO: Cleaning up")
+
+
+# As on macOS.
+WITHOUT = "import signal\nif hasattr(signal, 'sigwaitinfo'): del signal.sigwaitinfo"
+
+
+@pytest.mark.parametrize("preparation", ["pass", WITHOUT])
+def test_ctrl_c_in_a_terminal_comes_once(start: Callable[..., Daemon], preparation: str) -> None:
+    if shutil.which("setsid") is None:
+        pytest.skip("setsid is not installed")
+    terminal, inside = pty.openpty()
+    try:
+        run = ["setsid", "--ctty", *with_preparation(preparation)]
+        daemon = start("-p", "0", *COUNTING, run=run, stdin=inside)
+        assert ready(daemon)
+        os.write(terminal, b"\x03")
+        assert daemon.end()[0] == 11
+    finally:
+        os.close(terminal)
+        os.close(inside)
+
+
+SEND = """
+import os, smtplib, ssl, sys
+context = ssl.create_default_context(cafile=os.environ["DSMTPD_TLS_CA"])
+with smtplib.SMTP(os.environ["DSMTPD_HOST"], int(os.environ["DSMTPD_PORT"])) as client:
+    client.starttls(context=context)
+    client.sendmail("a@example.com", ["b@example.com"], "Subject: Hello\\n\\nHi")
+sys.exit(len(os.listdir(os.environ["DSMTPD_DIRECTORY"] + "/new")) + 2)
+"""
+
+
+def test_a_command_finds_the_server_and_its_mails_and_its_exit_code_is_that_of_all(
+    start: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    tls = ("--tls", "starttls", "--tls-ca", str(tmp_path / "ca.pem"))
+    command = ("--", sys.executable, "-c", SEND)
+    daemon = start("-p", "0", "-d", str(tmp_path / "mails"), *tls, *command)
+    code, lines = daemon.end()
+    assert code == 3
+    assert lines[-1].endswith(" INFO: Cleaning up")
+    assert len(stored(tmp_path / "mails")) == 1
+
+
+def test_a_command_that_is_not_there_is_one_line(start: Callable[..., Daemon]) -> None:
+    code, (_, line, last) = start("-p", "0", "--", "no-such").end()
+    assert code == 127
+    assert line.endswith(" ERROR: Cannot run no-such: No such file or directory")
+    assert last.endswith(" INFO: Cleaning up")
+
+
+@pytest.mark.parametrize("interface", ["0.0.0.0", "::"])  # noqa: S104  # for a moment
+def test_a_command_is_told_an_address_that_it_can_reach(
+    start: Callable[..., Daemon], interface: str
+) -> None:
+    daemon = start("-p", "0", "-i", interface, "--", "sh", "-c", 'echo "$DSMTPD_HOST"')
+    assert daemon.process.stdout is not None
+    assert daemon.process.stdout.read().strip() in {"127.0.0.1", "::1"}
+    assert daemon.end()[0] == 0
+
+
+def test_without_a_thread_a_command_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", start)
+    with pytest.raises(CommandError, match="Cannot run sleep: can't start new thread") as raised:
+        run(["sleep", "60"], {}, NONE)
+    assert raised.value.code == 126
