@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import ExitStack, closing
+from signal import SIGINT
 from typing import TYPE_CHECKING
 
 import pytest
 
+from dsmtpd.command import PASSED_ON
 from tests.tools import Daemon
 
 if TYPE_CHECKING:
@@ -39,14 +41,9 @@ def start() -> Iterator[Callable[..., Daemon]]:
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
     """Undo what `main` sets for its process, and heed SIGINT even where a script runs the tests."""
-    handlers = {
-        number: signal.signal(number, default)
-        for number, default in (
-            (signal.SIGINT, signal.default_int_handler),
-            (signal.SIGTERM, signal.SIG_DFL),
-            (signal.SIGHUP, signal.SIG_DFL),
-        )
-    }
+    handlers = {SIGINT: signal.signal(SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGTERM, signal.SIGHUP, *PASSED_ON):
+        handlers[number] = signal.signal(number, signal.SIG_DFL)
     levels = {name: logging.getLogger(name).level for name in (None, "asyncio")}
     yield
     for name, level in levels.items():
