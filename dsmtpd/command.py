@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread, get_ident
@@ -99,4 +98,4 @@ def _wait(awaited: Collection[signal.Signals]) -> tuple[int, bool]:
         info = signal.sigwaitinfo(awaited)
         return info.si_signo, info.si_code > 0  # from the kernel, not from a process
     number = signal.sigwait(awaited)
-    return number, number == signal.SIGINT and sys.stdin.isatty()
+    return number, number == signal.SIGINT and os.isatty(0)

@@ -5,7 +5,7 @@ import pty
 import shutil
 import signal
 import sys
-from threading import Thread
+from threading import Thread, get_ident
 from typing import TYPE_CHECKING
 
 import pytest
@@ -67,6 +67,20 @@ def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
     blocked, ignored = (int(line.split()[1], 16) for line in out.read_text().splitlines())
     assert blocked == 0
     assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
+
+
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_a_signal_that_waits_already_is_passed_on(
+    system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if system == "macOS":
+        monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        signal.pthread_kill(get_ident(), signal.SIGUSR1)
+        assert run(["sleep", "60"], {}, [signal.SIGUSR1]) == 128 + signal.SIGUSR1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # It counts each SIGINT, of which the first one has it ask dsmtpd for a SIGTERM: when that comes,
