@@ -172,7 +172,7 @@ def _rule(option: str, text: str) -> Rule:
     try:
         return Rule.parse(text)
     except RuleError as error:
-        raise UsageError(f"{option} {text}: {error}") from None
+        raise UsageError(f"{option} {error}") from None
 
 
 def _choice(option: str, value: str | None, one: str, other: str) -> Any:

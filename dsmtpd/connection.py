@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 import time
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,7 +62,7 @@ class Service:
 
     *ca*: the certificate in PEM of the CA that clients may trust, if it has been made for TLS.
     *verbose*: whether the dialogue is logged.
-    *failures*: which replies are to fail, if any.
+    *failures*: which replies are to fail.
     *clients*: the connections that are open, or that have a delivery under way.
     *input*: the buffer for what arrives.
     """
@@ -80,10 +81,17 @@ class Service:
             tls=options.tls,
         )
         self.verbose = options.verbose
-        self.failures = Failures(options.failures) if options.failures else None
+        self.failures = Failures(options.failures)
         self.input = bytearray(_INPUT_OCTETS)
         self.clients: set[Connection] = set()
         self._outbox: list[Connection] = []
+
+    def ask(self, session: Session, stage: Stage, subject: str) -> Failure | None:
+        """Return how a reply to the client of *session* is to fail, or None when it is not to."""
+        if stage == "connect":
+            # Without its port; that of a Unix socket has none.
+            subject = endpoint(session.peer).rpartition(":")[0].strip("[]")
+        return self.failures.ask(stage, subject)
 
     def post(self, client: Connection) -> None:
         """Have *client* flush its replies: at once when it is the only one, else with the others.
@@ -115,10 +123,10 @@ class Connection(asyncio.BufferedProtocol):
         """Wait for the connection to be made."""
         self._service = service
         self._loop = asyncio.get_running_loop()
-        self._conversation = Conversation(
-            service.offer, verbose=service.verbose, ask=self._ask if service.failures else None
-        )
         self._session = Session(self._loop)
+        self._conversation = Conversation(
+            service.offer, verbose=service.verbose, ask=partial(service.ask, self._session)
+        )
         self._transport: asyncio.Transport | None = None
         self._tls: tls.Layer | None = None
         self._replies = b""  # which have not been written yet
@@ -237,12 +245,6 @@ class Connection(asyncio.BufferedProtocol):
         self._turn, self._is_delayed = None, False
         self._heard = self._loop.time()
         self._proceed()
-
-    def _ask(self, stage: Stage, subject: str) -> Failure | None:
-        if stage == "connect":
-            # Without its port; that of a Unix socket has none.
-            subject = endpoint(self._session.peer).rpartition(":")[0].strip("[]")
-        return cast("Failures", self._service.failures).ask(stage, subject)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Reply):

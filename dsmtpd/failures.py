@@ -21,7 +21,11 @@ _TIMES = re.compile("[1-9][0-9]{0,9}")
 
 
 class RuleError(ValueError):
-    """A rule that makes no sense; the text names the part that is wrong."""
+    """A rule that makes no sense; the text shows it, and the part that is wrong."""
+
+    def __init__(self, rule: str, part: str, wrong: str) -> None:
+        """Tell what is *wrong* with a *part* of a *rule*."""
+        super().__init__(f"{rule}: {part!r} {wrong}")
 
 
 class Rule(NamedTuple):
@@ -50,15 +54,15 @@ class Rule(NamedTuple):
         stage = next((stage for stage in STAGES if stage == first), None)
         delay = _DELAY.fullmatch(code)
         if stage is None:
-            raise RuleError(f"{first!r} is none of {', '.join(STAGES)}")
+            raise RuleError(text, first, f"is none of {', '.join(STAGES)}")
         if not (_CODE.fullmatch(code) or code == "drop" or delay):
-            raise RuleError(
-                f"{code!r} is neither a code from 400 to 599, nor drop or delay=SECONDS"
-            )
+            wrong = "is neither a code from 400 to 599, nor drop or delay=SECONDS"
+            raise RuleError(text, code, wrong)
         if times and not _TIMES.fullmatch(times):
-            raise RuleError(f"{times!r} is not how often, a number from 1")
+            raise RuleError(text, times, "is not how often, a number from 1")
         if more:
-            raise RuleError(f"{':'.join(more)!r} is too much; in a pattern, ? stands for a colon")
+            wrong = "is too much; in a pattern, ? stands for a colon"
+            raise RuleError(text, ":".join(more), wrong)
         return cls(
             text,
             stage,
@@ -73,7 +77,7 @@ class Rule(NamedTuple):
         """Return how the reply to *subject* fails."""
         reply = f"{self.code} {str(self.code)[0]}.0.0 Failed on demand" if self.code else ""
         what = "is cut" if self.drop else reply or f"is answered after {self.delay:g} s"
-        text = f"{self.stage} {subject}: {what}, as --fail {self.text} asks"
+        text = f"{self.stage} {subject}: {what}, by the rule {self.text}"
         return Failure(text, reply, drop=self.drop, delay=self.delay)
 
 

@@ -170,13 +170,17 @@ def create_maildir(
         maildir.unlock()
 
 
+def mail_files(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield the file of each mail in the Maildir at *path*, read or not; raises `OSError`."""
+    for name in ("new", "cur"):
+        for entry in os.scandir(Path(path, name)):
+            if not entry.name.startswith(".") and not entry.is_dir():
+                yield entry
+
+
 def count_mails(path: str | os.PathLike[str]) -> int:
     """Return how many mails the Maildir at *path* holds, read or not, that are not of this run."""
-    return sum(
-        not entry.name.startswith(".") and _run not in entry.name and not entry.is_dir()
-        for name in ("new", "cur")
-        for entry in os.scandir(Path(path, name))
-    )
+    return sum(_run not in entry.name for entry in mail_files(path))
 
 
 def _flush(folder: str | os.PathLike[str]) -> None:

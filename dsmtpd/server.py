@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 from aiosmtpd.controller import UnthreadedController
 
 from dsmtpd.connection import Connection, Service
+from dsmtpd.failures import Failures
 from dsmtpd.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
+    from dsmtpd.failures import Rule
     from dsmtpd.options import Options
 
 log = logging.getLogger(__package__)
@@ -110,6 +114,10 @@ class Listener:
         finally:
             self._thread.shutdown(wait=closing.done())
         draining.result()
+
+    def fail(self, rules: Sequence[Rule]) -> None:
+        """From now on, have replies fail by *rules* instead of those of the options."""
+        self._service.failures = Failures(rules)
 
     def _refusal(self, error: OSError | UnicodeError | RuntimeError) -> ListenError:
         where = f"{self._options.interface}, port {self._options.port}"

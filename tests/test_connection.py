@@ -614,6 +614,6 @@ def test_the_peers_address_decides_whether_it_may_connect(
         connect(listener.port).close()
     (text,) = caplog.messages
     assert text.endswith(
-        ": connect 127.0.0.1: 554 5.0.0 Failed on demand, as --fail connect:554:127.0.0.?:1 asks"
+        ": connect 127.0.0.1: 554 5.0.0 Failed on demand, by the rule connect:554:127.0.0.?:1"
     )
     assert troubles(caplog) == []

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import pytest
 
+import dsmtpd
 from dsmtpd import __version__
 from dsmtpd.maildir import ensure_maildir
 from tests.tools import (
@@ -71,9 +72,10 @@ def with_tasks(count: int) -> list[str]:
 def test_the_module_runs_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    module = str(Path(dsmtpd.__file__).with_name("__main__.py"))
     monkeypatch.setattr("sys.argv", ["dsmtpd", "--version"])
     with pytest.raises(SystemExit) as raised:
-        runpy.run_module("dsmtpd", run_name="__main__")
+        runpy.run_path(module, run_name="__main__")
     assert not raised.value.code
     assert capsys.readouterr().out == f"{__version__}\n"
 

@@ -1,0 +1,93 @@
+"""Gives pytest a server per test, the fixture `dsmtpd`, and one per session, `dsmtpd_session`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dsmtpd.testing import Server
+
+# The rest of the package is imported when a fixture is used: tests without mails do not wait.
+
+_server = pytest.StashKey["Server"]()
+_fail = pytest.StashKey[Any]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    marker = "dsmtpd(tls=None, smtputf8=True, auth=True, max_size=33554432, fail=())"
+    text = "options of the fixture dsmtpd; dsmtpd_session heeds fail only."
+    config.addinivalue_line("markers", f"{marker}: {text}")
+
+
+@pytest.fixture
+def dsmtpd(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Yield a debugging SMTP server for this test, with the options of `@pytest.mark.dsmtpd`."""
+    with _server_with(_options(request.node)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def dsmtpd_session(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Yield a debugging SMTP server for all tests, which has no mails when a test begins."""
+    stash = request.session.stash
+    with _server_with({"fail": stash[_fail]}) as server:
+        stash[_server] = server
+        yield server
+        del stash[_server]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have the server of the session begin anew."""
+    options, stash = _options(item), item.session.stash
+    stash[_fail] = options.pop("fail", ())
+    fixtures = getattr(item, "fixturenames", ())
+    if options and "dsmtpd_session" in fixtures and "dsmtpd" not in fixtures:
+        _complain(f"dsmtpd_session heeds fail only, not {', '.join(options)}")
+    if _server in stash:
+        stash[_server].clear()
+        with _in_one_line():
+            stash[_server].fail(stash[_fail])
+
+
+def _options(node: pytest.Item) -> dict[str, Any]:
+    """Return the options of the markers of *node*; the closest one counts."""
+    markers = [*node.iter_markers("dsmtpd")]
+    if any(marker.args for marker in markers):
+        _complain("name the options, as in tls='starttls'")
+    return {name: value for marker in reversed(markers) for name, value in marker.kwargs.items()}
+
+
+@contextmanager
+def _server_with(options: dict[str, Any]) -> Iterator[Server]:
+    from dsmtpd.testing import Server  # noqa: PLC0415
+
+    known = signature(Server).parameters
+    if unknown := options.keys() - known:
+        _complain(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    with _in_one_line():
+        server = Server(**options)
+    with server:
+        yield server
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Report without a traceback what is wrong with the options."""
+    from dsmtpd.testing import TLSError  # noqa: PLC0415
+
+    try:
+        yield
+    except (TLSError, ValueError) as error:
+        _complain(error)
+
+
+def _complain(text: object) -> NoReturn:
+    raise pytest.fail.Exception(f"@pytest.mark.dsmtpd: {text}", pytrace=False) from None

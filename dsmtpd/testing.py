@@ -1,0 +1,233 @@
+"""A server for tests, and the mails that have arrived as frozen records."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from email import policy
+from email.parser import BytesParser
+from functools import cached_property
+from pathlib import Path
+from threading import Condition
+from typing import TYPE_CHECKING, Any, cast
+
+from dsmtpd.content import Attachment, Content
+from dsmtpd.failures import Rule, RuleError
+from dsmtpd.maildir import mail_files
+from dsmtpd.options import DEFAULT_MAX_SIZE, Options
+from dsmtpd.server import Listener, ListenError
+from dsmtpd.text import decoded, endpoint, printable
+from dsmtpd.tls import TLSError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+    from email.message import EmailMessage
+    from typing import Literal
+
+    from aiosmtpd.smtp import Envelope
+    from typing_extensions import Self
+
+__all__ = [
+    "Attachment",
+    "ListenError",
+    "ReceivedMessage",
+    "RuleError",
+    "Server",
+    "TLSError",
+    "messages",
+]
+
+# Of a message, so many octets are shown.
+_SHOWN_OCTETS = 400
+
+# What stands at the top of a stored mail.
+_ENVELOPE = re.compile(rb"X-Peer: (.*)\nX-MailFrom: (.*)\nX-RcptTo: (.*)\n")
+_PEER = re.compile(r"\('([^']*)', ([0-9]+).*")
+
+# A comma in a quoted local part separates no recipients (RFC 5321, section 4.1.2).
+_RECIPIENT = re.compile(r'(?:"(?:\\.|[^"\\])*"|[^,]|,(?! ))+')
+
+
+@dataclass(frozen=True)
+class ReceivedMessage:
+    """A mail that has arrived.
+
+    *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
+    *rcpt_tos*: the recipients.
+    *peer*: the client, as `host:port`.
+    *content*: the octets of the mail as they were sent; from a Maildir, with LF as the line end.
+    """
+
+    mail_from: str
+    rcpt_tos: tuple[str, ...]
+    peer: str
+    content: bytes
+
+    @cached_property
+    def email(self) -> EmailMessage:
+        """The mail as Python's own parser reads it."""
+        return BytesParser(policy=policy.default).parsebytes(self.content)
+
+    @cached_property
+    def _read(self) -> Content:
+        return Content.from_bytes(self.content)
+
+    @property
+    def subject(self) -> str:
+        """The subject, decoded; empty when there is none."""
+        return self._read.subject
+
+    @property
+    def text(self) -> str:
+        """The text, decoded, with LF at the ends of lines; empty when there is none."""
+        return self._read.text
+
+    @property
+    def html(self) -> str:
+        """The HTML, decoded, with LF at the ends of lines; empty when there is none."""
+        return self._read.html
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """All other parts, each with its name, type and content."""
+        return self._read.attachments
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """The URLs in the text and the targets of the links in the HTML, each once."""
+        return self._read.links
+
+    def __repr__(self) -> str:
+        """Show what the log line of a mail shows."""
+        shown = f"{self.mail_from} -> {', '.join(self.rcpt_tos)} [{self.subject}]"
+        return f"<{printable(shown, _SHOWN_OCTETS)}>"
+
+
+class Server:
+    """An SMTP server on a free port of 127.0.0.1, which keeps its mails, while a `with` block runs.
+
+    *tls*: `starttls` offers STARTTLS, `implicit` speaks TLS from the first octet; both need
+    `dsmtpd[tls]`. *smtputf8*, *auth*: whether these are offered. *max_size*: the largest message,
+    in octets; 0 sets no limit. *fail*: a rule as of `--fail`, or several.
+
+    *host*, *port*: where it listens. *ca*: with *tls*, the certificate in PEM that clients are to
+    trust, else None.
+
+    Raises `ValueError` for a *tls* that is neither, `RuleError` for a rule that makes no sense, and
+    `TLSError` when there is no certificate for TLS.
+    """
+
+    host: str
+    port: int
+
+    def __init__(
+        self,
+        *,
+        tls: Literal["starttls", "implicit"] | None = None,
+        smtputf8: bool = True,
+        auth: bool = True,
+        max_size: int = DEFAULT_MAX_SIZE,
+        fail: str | Iterable[str] = (),
+    ) -> None:
+        """Listen nowhere yet."""
+        if tls not in {"starttls", "implicit", None}:
+            raise ValueError(f"tls: {tls!r} is neither starttls nor implicit")
+        options = Options(
+            port=0,
+            max_size=max_size,
+            disable_smtputf8=not smtputf8,
+            disable_auth=not auth,
+            tls=tls,
+        )
+        self._inbox = _Inbox()
+        self._listener = Listener(self._inbox, options)
+        self.fail(fail)
+        self.ca = None if self._listener.ca is None else self._listener.ca.decode()
+
+    def __enter__(self) -> Self:
+        """Listen; raises `ListenError` where the system does not allow that."""
+        self._listener.__enter__()
+        self.host, self.port = self._listener.host, self._listener.port
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        self._listener.__exit__(*error)
+
+    @property
+    def messages(self) -> tuple[ReceivedMessage, ...]:
+        """The mails that have arrived, oldest first.
+
+        When the server has answered `250`, the mail is there.
+        """
+        return tuple(self._inbox.messages)
+
+    def wait(self, count: int = 1, timeout: float = 10) -> tuple[ReceivedMessage, ...]:
+        """Return the mails once there are at least *count*.
+
+        Raises `TimeoutError` after *timeout* seconds; its text shows what did arrive.
+        """
+        __tracebackhide__ = True  # pytest shows the line of the test.
+        if not self._inbox.wait(count, timeout):
+            arrived = self.messages
+            summary = f"{len(arrived)} of {count} mails arrived within {timeout:g} s"
+            raise TimeoutError("\n".join([summary, *map(repr, arrived)]))
+        return self.messages
+
+    def clear(self) -> None:
+        """Forget the mails that have arrived."""
+        self._inbox.messages.clear()
+
+    def fail(self, rules: str | Iterable[str]) -> None:
+        """From now on, have replies fail by *rules* instead of earlier ones; raises `RuleError`."""
+        texts = [rules] if isinstance(rules, str) else rules
+        self._listener.fail([Rule.parse(text) for text in texts])
+
+
+class _Inbox:
+    """The handler of a server: it keeps what arrives."""
+
+    def __init__(self) -> None:
+        self.messages: list[ReceivedMessage] = []
+        self._arrival = Condition()
+
+    async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
+        mail_from, content = envelope.mail_from or "<>", cast("bytes", envelope.content)
+        peer, rcpt_tos = endpoint(session.peer), tuple(envelope.rcpt_tos)
+        with self._arrival:
+            self.messages.append(ReceivedMessage(mail_from, rcpt_tos, peer, content))
+            self._arrival.notify_all()
+        return "250 OK"
+
+    def wait(self, count: int, timeout: float) -> bool:
+        """Tell whether *count* messages are there within *timeout* seconds."""
+        with self._arrival:
+            return self._arrival.wait_for(lambda: len(self.messages) >= count, timeout)
+
+
+def messages(maildir: str | os.PathLike[str]) -> tuple[ReceivedMessage, ...]:
+    """Return the mails that dsmtpd has stored in a *maildir*, read or not, oldest first.
+
+    Raises `OSError` when there is no such Maildir.
+    """
+    found = {}
+    for file in mail_files(maildir):
+        with suppress(FileNotFoundError):  # A reader moves it to cur/, under a longer name.
+            found[file.name.partition(":")[0]] = Path(file).read_bytes()
+    return tuple(_stored(octets) for _, octets in sorted(found.items()))
+
+
+def _stored(octets: bytes) -> ReceivedMessage:
+    """Return the mail in *octets*, which begin with its envelope, if dsmtpd has stored it."""
+    match = _ENVELOPE.match(octets)
+    if match is None:
+        return ReceivedMessage("", (), "", octets)
+    peer, mail_from, rcpt_tos = map(decoded, match.groups())
+    recipients = tuple(rcpt.strip(" ") for rcpt in _RECIPIENT.findall(rcpt_tos))
+    return ReceivedMessage(mail_from, recipients, _PEER.sub(_endpoint, peer), octets[match.end() :])
+
+
+def _endpoint(address: re.Match[str]) -> str:
+    return endpoint(address.groups())
