@@ -10,6 +10,7 @@ PYTHON ?= $(shell mise which python3 2>/dev/null || asdf which python3 2>/dev/nu
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.install-timestamp
+RECIPE := tests/recipes/github/tests.yml
 BENCH_INSTALLED := $(BENCH_VENV)/.install-timestamp
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,11 @@ install-dev: $(INSTALLED) ## Make the environment and install the hooks: a clone
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlcov/.
-	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/recipes $(ARGS)
+
+.PHONY: recipes
+recipes: $(INSTALLED) ## Run what README.rst shows, which takes .ci/install-clients.
+	$(BIN)/python -m pytest --no-cov -n auto --dist worksteal tests/recipes $(ARGS)
 
 .PHONY: promises
 promises: $(INSTALLED) ## Prove the promises of README.rst, in Python's development mode.
@@ -43,8 +48,8 @@ soak: promises ## Prove them at length, in about nine minutes.
 lint: $(INSTALLED) ## Check the code and the workflows.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/zizmor --offline --quiet .github
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github $(RECIPE)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml $(RECIPE)
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 .PHONY: lint-fix

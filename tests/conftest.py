@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+# Programs, which tests/recipes/test_readme.py starts.
+collect_ignore_glob = ["recipes/*/*"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Know what `make soak` asks for."""
     parser.addoption(

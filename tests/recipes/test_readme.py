@@ -1,0 +1,389 @@
+"""What README shows is run as it is printed, but for the port, which is a free one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import time
+from ast import literal_eval
+from contextlib import contextmanager
+from email.message import EmailMessage
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from dsmtpd import __version__
+from dsmtpd.testing import messages
+from tests.test_clients import INSTALLED, PYTHON, require
+from tests.tools import PATIENCE, connect, send
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FOLDER = Path(__file__).parent
+README = (FOLDER.parent.parent / "README.rst").read_text(encoding="utf-8")
+
+# A literal block: what is indented after a line that ends with two colons.
+BLOCK = re.compile(r"^(?:\.\. code-block:: \w+|.*::)\n\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
+BLOCKS = [dedent(match[1]).strip("\n") + "\n" for match in BLOCK.finditer(README)]
+
+# What starts dsmtpd, or sends to it, or reads what was sent.
+SERVES = re.compile(
+    r"^(?:\$ |- run: )?dsmtpd(?: |$)|smtplib|\b1025\b|MAIL_SERVER|dsmtpd\.testing|\(.?dsmtpd\b",
+    re.MULTILINE,
+)
+LOG_LINE = re.compile(r"[0-9-]{10} [0-9:,]{12} [A-Z]+: ")
+
+
+class Place:
+    """A folder in which `dsmtpd` listens on a free port, if nothing else is said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._pid = folder / "pid"
+        command = folder / "bin" / "dsmtpd"
+        command.parent.mkdir()
+        real = shlex.quote(str(INSTALLED / "bin" / "dsmtpd"))
+        command.write_text(
+            f"#!/bin/sh\necho $$ >{self._pid}\n"
+            f'case " $* " in *" -p "*) exec {real} "$@";; esac\nexec {real} -p {self.port} "$@"\n'
+        )
+        command.chmod(0o755)
+        path = (str(command.parent), str(INSTALLED / "bin"), os.environ["PATH"])
+        # Nothing of the run that this one is a part of.
+        mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        self.environment = {**mine, "PATH": ":".join(path)}
+
+    def run(self, *command: str, code: int = 0, **variables: str) -> str:
+        """Run *command*, and return what it prints; its exit code is to be *code*."""
+        done = subprocess.run(
+            command,
+            check=False,
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def bash(self, text: str) -> str:
+        return self.run("bash", "-c", text.replace("1025", str(self.port)))
+
+    def python(self, text: str) -> str:
+        return self.run(str(PYTHON), "-c", text.replace("1025", str(self.port)))
+
+    @contextmanager
+    def started(self, text: str = "dsmtpd") -> Iterator[Output]:
+        """Run *text*, which starts dsmtpd; end that with the block."""
+        process = subprocess.Popen(
+            ["bash", "-c", text],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        output = Output([], [])
+        try:
+            self._wait(process)
+            yield output
+        finally:
+            if process.poll() is None:
+                os.kill(int(self._pid.read_text()), signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=PATIENCE)
+            output.stdout.extend(stdout.splitlines())
+            output.stderr.extend(stderr.splitlines())
+        assert process.returncode == 0, output
+
+    def _wait(self, process: subprocess.Popen[str]) -> None:
+        """Wait until somebody listens on the port."""
+        end = time.monotonic() + PATIENCE
+        while not is_listened_on(self.port):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def is_listened_on(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+class Output(NamedTuple):
+    """The lines that a command has printed by its end."""
+
+    stdout: list[str]
+    stderr: list[str]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    require(PYTHON)
+    return Place(tmp_path)
+
+
+# Whole examples: what README shows is a file of theirs.
+
+
+RECIPES = {
+    "pytest/test_shop.py": "pytest -n 2 --strict-markers -W error",
+    "fastapi/test_app.py": "pytest",
+    "flask/test_app.py": "pytest",
+    "unittest/test_shop.py": "python -W error -m unittest",
+    "django/tests.py": "python manage.py test",
+    "node/app.test.mjs": "node --test",
+    "shell/check.sh": "bash check.sh",
+}
+
+
+def copied(place: Place, name: str) -> None:
+    shutil.copytree(FOLDER / Path(name).parent, place.folder, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_passes_and_readme_shows_it(place: Place, name: str) -> None:
+    command = RECIPES[name].split()
+    require(*command[:1])
+    copied(place, name)
+    (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
+    output = place.run(*command)
+    assert (FOLDER / name).read_text(encoding="utf-8") in BLOCKS
+    if "check.sh" not in name:
+        assert re.search(r"\b[1-9] passed|Ran [1-9] test|pass [1-9]", output)
+
+
+# What breaks each application, so that its test has to fail.
+FAULTS = {
+    "pytest/test_shop.py": ("shop.py", "orders", "oders"),
+    "fastapi/test_app.py": ("app.py", "confirm?", "conform?"),
+    "flask/test_app.py": ("app.py", '"Welcome"', '"Hello"'),
+    "unittest/test_shop.py": ("shop.py", "Your", "My"),
+    "django/tests.py": ("urls.py", '"accounts/', '"account/'),
+    "node/app.test.mjs": ("app.mjs", "token=", "tokken="),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_recipe_fails_when_its_application_is_broken(place: Place, name: str) -> None:
+    file, old, new = FAULTS[name]
+    command = RECIPES[name].split()
+    require(*command[:1])
+    copied(place, name)
+    (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
+    source = (place.folder / file).read_text(encoding="utf-8")
+    assert old in source
+    (place.folder / file).write_text(source.replace(old, new), encoding="utf-8")
+    place.run(*command, code=1)
+
+
+def test_a_script_has_the_exit_code_of_its_tests_and_leaves_nothing(place: Place) -> None:
+    copied(place, "shell/check.sh")
+    (place.folder / "scratch").mkdir()
+    place.run("bash", "check.sh", code=7, CODE="7", TMPDIR=str(place.folder / "scratch"))
+    assert not [*(place.folder / "scratch").iterdir()]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place.folder / "pid").read_text()), 0)
+
+
+# All other snippets.
+
+
+def snippet(beginning: str) -> str:
+    """Return the block of README that begins so."""
+    (block,) = (block for block in BLOCKS if block.startswith(beginning))
+    return block
+
+
+def test_each_snippet_that_starts_dsmtpd_or_sends_to_it_is_run() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    beginnings = tuple(map(literal_eval, re.findall(r"= snippet\((.+)\)", source)))
+    recipes = {(FOLDER / name).read_text(encoding="utf-8") for name in RECIPES}
+    serving = [block for block in BLOCKS if SERVES.search(block) and not LOG_LINE.match(block)]
+    run = [block for block in BLOCKS if block.startswith(beginnings) or block in recipes]
+    assert serving == run
+
+
+def assert_log(expected: list[str], lines: list[str], port: int) -> None:
+    """Check that *lines* are as *expected*, but for times, ports and the version."""
+
+    def usual(text: str) -> str:
+        text = LOG_LINE.sub("T ", text.replace(str(port), "1025"))
+        return re.sub(r"127\.0\.0\.1:(?!1025)\d+", "PEER", text.replace(__version__, "V"))
+
+    assert [usual(line) for line in lines] == [usual(line) for line in expected]
+
+
+def test_the_first_screen(place: Place) -> None:
+    block = snippet("$ dsmtpd\n")
+    command, *log = block.splitlines()
+    with place.started(command.removeprefix("$ ")) as output, connect(place.port) as client:
+        mail = "From: app@example.com\nSubject: Welcome Email\n\nHello!\n"
+        client.sendmail("app@example.com", ["user@test.com"], mail)
+    assert_log(log, output.stderr[: len(log)], place.port)
+
+
+def test_the_quick_start(place: Place) -> None:
+    start = snippet("dsmtpd\n")
+    mail = snippet("python3 -c ")
+    with place.started(start) as output:
+        assert place.bash(mail) == ""
+    (line,) = (line for line in output.stderr if "app@example.com" in line)
+    assert line.endswith(": app@example.com -> user@test.com [Welcome Email]")
+
+
+def test_a_maildir(place: Place) -> None:
+    start = snippet("dsmtpd -d mails")
+    script = snippet("from dsmtpd.testing import messages")
+    with place.started(start):
+        send(place.port, b"From: a@x\r\nSubject: Hi\r\n\r\nhttps://example.com/ is it.\r\n")
+    assert place.python(script) == "Hi https://example.com/\n"
+
+
+DJANGO = """
+from django.conf import settings
+from django.core.mail import send_mail
+settings.configure(EMAIL_HOST=EMAIL_HOST, EMAIL_PORT=EMAIL_PORT)
+send_mail("Hello", "It works.", "app@example.com", ["user@test.com"])
+"""
+FLASK = """
+from flask import Flask
+from flask_mailman import EmailMessage, Mail
+app = Flask("app")
+{}
+Mail(app)
+with app.app_context():
+    EmailMessage("Hello", "It works.", "app@example.com", ["user@test.com"]).send()
+"""
+FASTAPI = """
+import asyncio
+from fastapi_mail import ConnectionConfig, FastMail, MessageSchema, MessageType
+mail = FastMail({})
+message = MessageSchema(
+    subject="Hello", recipients=["user@test.com"], body="It works.", subtype=MessageType.plain
+)
+asyncio.run(mail.send_message(message))
+"""
+NODE = """
+import nodemailer from "nodemailer";
+const transport = {}
+await transport.sendMail({{
+  from: "app@example.com", to: "user@test.com", subject: "Hello", text: "It works.",
+}});
+"""
+
+
+def assert_hello(output: Output) -> None:
+    assert output.stderr[-2].endswith(": app@example.com -> user@test.com [Hello]")
+
+
+def test_the_settings_of_python_frameworks(place: Place) -> None:
+    django = snippet("EMAIL_HOST = ")
+    flask = snippet("app.config.update(")
+    fastapi = snippet("ConnectionConfig(")
+    for program in (django + DJANGO, FLASK.format(flask), FASTAPI.format(fastapi)):
+        with place.started() as output:
+            place.python(program)
+        assert_hello(output)
+
+
+def test_the_settings_of_node(place: Place) -> None:
+    settings = snippet("nodemailer.createTransport(")
+    require("node", INSTALLED / "node_modules")
+    (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
+    program = NODE.format(settings.replace("1025", str(place.port)))
+    with place.started() as output:
+        place.run("node", "--input-type=module", "--eval", program)
+    assert_hello(output)
+
+
+def test_a_mail_by_hand(place: Place) -> None:
+    block = snippet("swaks ")
+    require("swaks")
+    with place.started() as output:
+        place.bash(block)
+    (line,) = (line for line in output.stderr if "INFO: 127" in line)
+    assert "a@example.com -> 用户@例え.jp [test " in line
+
+
+def test_tls(place: Place) -> None:
+    block = snippet("$ dsmtpd --tls")
+    command, *log = block.splitlines()
+    with place.started(command.removeprefix("$ ")) as output:
+        assert (place.folder / "ca.pem").exists()
+    assert_log(log, output.stderr[: len(log)], place.port)
+
+
+LINK = "https://shop.example/accounts/reset/MQ/cq2n5f-7c3f0b6f1d8e5ae4b9b7e4c1af8a1c3d/"
+
+
+def reset_mail() -> EmailMessage:
+    mail = EmailMessage()
+    mail["From"], mail["To"] = "Shop <shop@example.com>", "user@test.com"
+    mail["Subject"] = "Reset your password"
+    mail.set_content(f"Hello Zoë, here you go:\n\n{LINK}\n", cte="quoted-printable")
+    mail.add_attachment(b"%" * 12_345, maintype="application", subtype="pdf", filename="terms.pdf")
+    return mail
+
+
+def test_a_printed_mail(place: Place) -> None:
+    block = snippet("$ dsmtpd --print text")
+    command, *printed = block.splitlines()
+    with place.started(command.removeprefix("$ ")) as output, connect(place.port) as client:
+        client.send_message(reset_mail())
+    assert output.stdout == printed
+
+
+def test_the_links_of_a_mail(place: Place) -> None:
+    block = snippet("dsmtpd --print json")
+    require("jq")
+    with place.started(block) as output, connect(place.port) as client:
+        client.send_message(reset_mail())
+    assert output.stdout == [LINK]
+
+
+def test_failures(place: Place) -> None:
+    block = snippet("dsmtpd --fail ")
+    (hit,) = (block for block in BLOCKS if "Failed on demand" in block)
+    with place.started(block) as output, connect(place.port) as client:
+        client.ehlo()
+        client.mail("a@example.com")
+        assert [client.rcpt("a@flaky.test")[0] for _ in range(3)] == [451, 451, 250]
+        client.rset()
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            client.mail("gone@example.com")
+    assert_log([hit.strip()], output.stderr[1:2], place.port)
+
+
+def test_a_command(place: Place) -> None:
+    block = snippet("dsmtpd -p 0 -d mails -- ")
+    copied(place, "shell/check.sh")
+    place.bash(block)
+    assert [message.subject for message in messages(place.folder / "mails")] == ["Welcome"]
+
+
+def test_a_job_of_github(place: Place) -> None:
+    block = snippet("- run: pip install")
+    workflow = (FOLDER / "github" / "tests.yml").read_text(encoding="utf-8")
+    assert indent(block, " " * 6) in workflow
+    (command,) = re.findall("- run: (dsmtpd .*)", block)
+    copied(place, "shell/check.sh")
+    place.bash(command)
+    assert len(messages(place.folder / "mails")) == 1
