@@ -30,11 +30,11 @@ install-dev: $(INSTALLED) ## Make the environment and install the hooks: a clone
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlcov/.
-	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/recipes $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/clients --ignore tests/recipes $(ARGS)
 
-.PHONY: recipes
-recipes: $(INSTALLED) ## Run what README.rst shows, which takes .ci/install-clients.
-	$(BIN)/python -m pytest --no-cov -n auto --dist worksteal tests/recipes $(ARGS)
+.PHONY: clients
+clients: $(INSTALLED) ## Try mail clients, and what README.rst shows, after .ci/install-clients.
+	$(BIN)/python -m pytest --no-cov -n auto --dist worksteal tests/clients tests/recipes $(ARGS)
 
 .PHONY: promises
 promises: $(INSTALLED) ## Prove the promises of README.rst, in Python's development mode.

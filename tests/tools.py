@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import smtplib
 import socket
 import ssl
@@ -20,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pytest
 from aiosmtpd.smtp import Envelope
 
 from dsmtpd.connection import Connection, Service
@@ -28,7 +30,6 @@ from dsmtpd.options import Options
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-    import pytest
 
 # Far more than anything here takes: a test fails instead of hanging.
 PATIENCE = 20.0
@@ -53,6 +54,15 @@ def connect(port: int, host: str = "127.0.0.1") -> smtplib.SMTP:
 def send(port: int, content: bytes = MAIL, host: str = "127.0.0.1") -> None:
     with connect(port, host) as client:
         client.sendmail("a@example.com", ["b@example.com"], content)
+
+
+def require(*needs: str | Path) -> None:
+    """Skip the test when one of the commands or paths is missing; where CI runs, none must be."""
+    for need in needs:
+        if shutil.which(need) is None and not Path(need).exists():
+            if os.environ.get("CI"):
+                pytest.fail(f"{need} is not installed")
+            pytest.skip(f"{need} is not installed")
 
 
 def trust_all() -> ssl.SSLContext:

@@ -22,8 +22,8 @@ import pytest
 
 from dsmtpd import __version__
 from dsmtpd.testing import messages
-from tests.test_clients import INSTALLED, PYTHON, require
-from tests.tools import PATIENCE, connect, send
+from tests.clients.test_clients import INSTALLED, PYTHON
+from tests.tools import PATIENCE, connect, require, send
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

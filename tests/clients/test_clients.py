@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import trustme
 from dsmtpd._dsmtpd import DsmtpdHandler
 from dsmtpd.options import Options
 from dsmtpd.server import Listener
-from tests.tools import PATIENCE, Handler, stored, troubles
+from tests.tools import PATIENCE, Handler, require, stored, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +45,9 @@ COMMANDS = {
 }
 
 
-# What a production application would have: they are in tests/clients, and .ci/install-clients
-# installs what they need.
-FOLDER = Path(__file__).parent / "clients"
-INSTALLED = Path(__file__).parent.parent / ".venv-clients"
+# What a production application would have; .ci/install-clients installs what they need.
+FOLDER = Path(__file__).parent
+INSTALLED = FOLDER.parent.parent / ".venv-clients"
 PYTHON = INSTALLED / "bin" / "python"
 CLASSES = INSTALLED / "classes"
 JARS = ("/usr/share/java/jakarta-mail.jar", "/usr/share/java/jakarta-activation.jar")
@@ -75,15 +73,6 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], tuple[str | Path, ...]]] = {
     "msmtp": (("sh", "send_msmtp.sh"), ("msmtp",)),
     "curl": (("sh", "send_curl.sh"), ("curl",)),
 }
-
-
-def require(*needs: str | Path) -> None:
-    """Skip the test when one of the commands or paths is missing; where CI runs, none must be."""
-    for need in needs:
-        if shutil.which(need) is None and not Path(need).exists():
-            if os.environ.get("CI"):
-                pytest.fail(f"{need} is not installed")
-            pytest.skip(f"{need} is not installed")
 
 
 def run(name: str, port: int, way: Way | None, ca: Path) -> int:
