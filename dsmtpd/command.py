@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 # a command which a signal has ended is this and the signal's number.
 _NOT_FOUND, _NOT_RUN, _ENDED_BY = 127, 126, 128
 
-# What is passed on, beside what asks dsmtpd to stop: it would end dsmtpd, but not the command.
-PASSED_ON = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+# All that would end dsmtpd, but not the command, is passed on. The other signals cannot be blocked,
+# stop a process, are only news to it, or come from its own faults.
+_NOT_PASSED_ON = {
+    *(signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+    *(signal.SIGCONT, signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH),
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL),
+}
+PASSED_ON = signal.valid_signals() - _NOT_PASSED_ON
 
 # Python ignores them, which no command expects.
 _IGNORED = [signal.SIGPIPE, signal.SIGXFSZ]
@@ -32,9 +38,7 @@ class CommandError(Exception):
         self.code = code
 
 
-def run(
-    command: Sequence[str], variables: Mapping[str, str], signals: Collection[signal.Signals]
-) -> int:
+def run(command: Sequence[str], variables: Mapping[str, str], signals: Collection[int]) -> int:
     """Run *command* with more *variables* in its environment; return its exit code.
 
     The blocked *signals* are passed on to it: it decides whether to end.
@@ -77,7 +81,7 @@ def _watch(process: int, ended: SimpleQueue[int], thread: int) -> None:
     signal.pthread_kill(thread, signal.SIGCHLD)
 
 
-def _attend(process: int, awaited: Collection[signal.Signals], ended: SimpleQueue[int]) -> int:
+def _attend(process: int, awaited: Collection[int], ended: SimpleQueue[int]) -> int:
     """Pass signals on to a *process* until it has *ended*; return its exit code, as shells do."""
     while True:
         number, has_it = _wait(awaited)
@@ -89,7 +93,7 @@ def _attend(process: int, awaited: Collection[signal.Signals], ended: SimpleQueu
                 os.kill(process, number)
 
 
-def _wait(awaited: Collection[signal.Signals]) -> tuple[int, bool]:
+def _wait(awaited: Collection[int]) -> tuple[int, bool]:
     """Wait for a signal; return it, and whether the command has it already.
 
     Those that a terminal sends, as by Ctrl+C, go to all processes in its foreground.

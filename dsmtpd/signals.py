@@ -22,13 +22,13 @@ def end_at_once() -> None:
 
 
 @contextmanager
-def blocked(*more: signal.Signals) -> Iterator[Collection[signal.Signals]]:
+def blocked(*more: int) -> Iterator[Collection[int]]:
     """Hold the signals, and *more*, back in this thread and those that it starts; yield them.
 
     This way none gets lost, whenever it is sent. What the process was started to ignore stays
     ignored, as SIGINT is in a script's `dsmtpd &`, and SIGHUP after `nohup`.
     """
-    held = (*_STOPPING, *more)
+    held = {*_STOPPING, *more}
     signals = {number for number in held if signal.getsignal(number) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -37,7 +37,7 @@ def blocked(*more: signal.Signals) -> Iterator[Collection[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def wait(signals: Collection[signal.Signals]) -> None:
+def wait(signals: Collection[int]) -> None:
     """Wait for one of the blocked *signals*; from then on, ignore them all.
 
     Some runners send a signal again and again, which must not disturb the end.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import ExitStack, closing
-from signal import SIGINT
 from typing import TYPE_CHECKING
 
 import pytest
@@ -44,13 +43,15 @@ def start() -> Iterator[Callable[..., Daemon]]:
 
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
-    """Undo what `main` sets for its process, and heed SIGINT even where a script runs the tests."""
-    handlers = {SIGINT: signal.signal(SIGINT, signal.default_int_handler)}
-    for number in (signal.SIGTERM, signal.SIGHUP, *PASSED_ON):
-        handlers[number] = signal.signal(number, signal.SIG_DFL)
+    """Undo what `main` sets for its process, and heed SIGINT even where a script runs them."""
+    handlers = {number: signal.getsignal(number) for number in PASSED_ON}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     levels = {name: logging.getLogger(name).level for name in (None, "asyncio")}
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     for number, handler in handlers.items():
-        signal.signal(number, handler)
+        if signal.getsignal(number) is not handler is not None:
+            signal.signal(number, handler)
