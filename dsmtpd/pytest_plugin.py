@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -67,7 +68,10 @@ def _options(node: pytest.Item) -> dict[str, Any]:
 
 @contextmanager
 def _server_with(options: dict[str, Any]) -> Iterator[Server]:
-    from dsmtpd.testing import Server  # noqa: PLC0415
+    with warnings.catch_warnings():
+        # Python 3.15 deprecates what aiosmtpd 1.4.6 imports.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from dsmtpd.testing import Server  # noqa: PLC0415
 
     known = signature(Server).parameters
     if unknown := options.keys() - known:
