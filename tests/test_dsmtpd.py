@@ -673,12 +673,9 @@ def test_a_disk_that_hangs_does_not_keep_the_process(
     ]
 
 
-def test_a_folder_that_hangs_does_not_keep_the_process(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stopper: Stopper,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def _hanging_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the look at the mails that are there hang until the process ends itself."""
     gate, scandir = Gate(), os.scandir
 
     def count(folder: Path | str) -> Iterator[os.DirEntry[str]]:
@@ -690,10 +687,16 @@ def test_a_folder_that_hangs_does_not_keep_the_process(
         gate.opened.set()
         raise SystemExit(code)
 
-    stopper.joins = False
     monkeypatch.setattr(os, "scandir", count)
     monkeypatch.setattr(_dsmtpd, "_PATIENCE", 0.1)
     monkeypatch.setattr(os, "_exit", leave)
+
+
+@pytest.mark.usefixtures("_hanging_folder")
+def test_a_folder_that_hangs_does_not_keep_the_process(
+    tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopper.joins = False
     with pytest.raises(SystemExit) as raised:
         main(["-p", "0", "-d", str(tmp_path)])
     assert raised.value.code == 0
@@ -701,23 +704,8 @@ def test_a_folder_that_hangs_does_not_keep_the_process(
     assert caplog.messages[-2:] == [f"{what}: {NO_LONGER}", "Cleaning up"]
 
 
-def test_the_exit_code_of_a_command_survives_a_folder_that_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, scandir = Gate(), os.scandir
-
-    def count(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-        if folder == tmp_path / "new":
-            gate.pass_through()
-        return scandir(folder)
-
-    def leave(code: int) -> None:
-        gate.opened.set()
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "scandir", count)
-    monkeypatch.setattr(_dsmtpd, "_PATIENCE", 0.1)
-    monkeypatch.setattr(os, "_exit", leave)
+@pytest.mark.usefixtures("_hanging_folder")
+def test_the_exit_code_of_a_command_survives_a_folder_that_hangs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["-p", "0", "-d", str(tmp_path), "--", "sh", "-c", "exit 3"])
     assert raised.value.code == 3
