@@ -194,7 +194,7 @@ class _Inbox:
         self._arrival = Condition()
 
     async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
-        mail_from, content = envelope.mail_from or "<>", cast("bytes", envelope.content)
+        mail_from, content = cast("str", envelope.mail_from), cast("bytes", envelope.content)
         peer, rcpt_tos = endpoint(session.peer), tuple(envelope.rcpt_tos)
         with self._arrival:
             self.messages.append(ReceivedMessage(mail_from, rcpt_tos, peer, content))

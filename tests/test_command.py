@@ -83,33 +83,33 @@ def test_a_signal_that_waits_already_is_passed_on(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# It counts each SIGINT, of which the first one has it ask dsmtpd for a SIGTERM: when that comes,
-# all others have come.
+# It counts each SIGINT, and ends with SIGTERM.
 COUNT = """
 import os, signal, sys
 count = 0
 def interrupted(*_):
     global count
     count += 1
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.write(1, b"interrupted\\n")
 signal.signal(signal.SIGINT, interrupted)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(10 + count))
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
 COUNTING = ("--", sys.executable, "-c", COUNT)
 
 
-def ready(daemon: Daemon) -> bool:
+def says(daemon: Daemon, word: str) -> bool:
+    """Wait for what the command says next, and tell whether it is *word*."""
     assert daemon.process.stdout is not None
-    return daemon.process.stdout.readline().strip() == "ready"
+    return daemon.process.stdout.readline().strip() == word
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, 40])
 def test_a_command_does_not_outlive_dsmtpd(start: Callable[..., Daemon], number: int) -> None:
     daemon = start("-p", "0", "--", "sh", "-c", "echo ready; exec sleep 60")
-    assert ready(daemon)
+    assert says(daemon, "ready")
     code, (*_, last) = daemon.end(number)
     assert code == 128 + number
     assert last.endswith(" INFO: Cleaning up")
@@ -117,8 +117,10 @@ def test_a_command_does_not_outlive_dsmtpd(start: Callable[..., Daemon], number:
 
 def test_a_signal_is_passed_on_once(start: Callable[..., Daemon]) -> None:
     daemon = start("-p", "0", *COUNTING)
-    assert ready(daemon)
-    code, (_, last) = daemon.end(signal.SIGINT)
+    assert says(daemon, "ready")
+    daemon.process.send_signal(signal.SIGINT)
+    assert says(daemon, "interrupted")
+    code, (_, last) = daemon.end(signal.SIGTERM)
     assert code == 11
     assert last.endswith("INFO: Cleaning up")
 
@@ -138,8 +140,14 @@ def test_ctrl_c_in_a_terminal_comes_once(start: Callable[..., Daemon], preparati
     try:
         run = ["setsid", "--ctty", *with_preparation(preparation)]
         daemon = start("-p", "0", *COUNTING, run=run, stdin=inside)
-        assert ready(daemon)
+        assert says(daemon, "ready")
+        # The command is to have dealt with it before dsmtpd can pass it on.
+        daemon.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
         os.write(terminal, b"\x03")
+        assert says(daemon, "interrupted")
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.process.send_signal(signal.SIGCONT)
         assert daemon.end()[0] == 11
     finally:
         os.close(terminal)
