@@ -202,7 +202,7 @@ def _serve(options: Options) -> int:
     What may take long, as a folder or a resolver does, comes first: there, a signal ends the
     process at once.
     """
-    _raise_file_limit()
+    files = _raise_file_limit()
     printer = _printer(options)
     with _storage(options.directory):
         handler = DsmtpdHandler(options.directory, printer)
@@ -220,7 +220,7 @@ def _serve(options: Options) -> int:
         ):
             announcing = _begin(partial(_announce, options, listener, ca))
             if options.command:
-                code = command.run(options.command, _variables(options, listener, ca), held)
+                code = command.run(options.command, _variables(options, listener, ca), held, files)
             else:
                 signals.wait(held)
             logs.hurry()
@@ -269,11 +269,15 @@ def _begin(work: Callable[[], None]) -> Thread | None:
     return thread
 
 
-def _raise_file_limit() -> None:
-    """Have the system let this process open as many files as it may; each client takes one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _raise_file_limit() -> tuple[int, int]:
+    """Have the system let this process open as many files as it may; each client takes one.
+
+    Return the limits of before.
+    """
+    before = _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS says "unlimited", and does not mean it.
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return before
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _options(arguments: dict[str, Any], command: list[str] | None) -> Options:
-    if command == []:
+    if command is not None and not any(command[:1]):
         raise UsageError("No command after --")
     for option, needed in _NEEDS.items():
         if arguments[option] is not None and arguments[needed] is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Thread, get_ident
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
 # The exit codes of shells for a command that is not found, and for one that cannot be run; that of
 # a command which a signal has ended is this and the signal's number.
@@ -25,8 +28,12 @@ _NOT_PASSED_ON = {
 }
 PASSED_ON = signal.valid_signals() - _NOT_PASSED_ON
 
-# Python ignores them, which no command expects.
-_IGNORED = [signal.SIGPIPE, signal.SIGXFSZ]
+# Python ignores the first two, and who started dsmtpd perhaps the third: no command expects that.
+_DEFAULT = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
+
+
+# What a terminal sends when keys are pressed.
+_TYPED = {signal.SIGINT, signal.SIGQUIT}
 
 
 class CommandError(Exception):
@@ -38,16 +45,23 @@ class CommandError(Exception):
         self.code = code
 
 
-def run(command: Sequence[str], variables: Mapping[str, str], signals: Collection[int]) -> int:
-    """Run *command* with more *variables* in its environment; return its exit code.
+def run(
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    signals: Collection[int],
+    files: tuple[int, int] | None = None,
+) -> int:
+    """Run *command* with *variables*, whose names begin with `DSMTPD_`; return its exit code.
 
-    The blocked *signals* are passed on to it: it decides whether to end.
-    It starts with no signal blocked. Raises `CommandError`.
+    The blocked *signals* are passed on to it: it decides whether to end. It starts with no signal
+    blocked, and with *files* as its limits of open files. Raises `CommandError`.
     """
     # Its end comes as a signal like the others, so that none of them is missed.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # While it is ignored, no end can be awaited.
     try:
-        process = _start(command, variables)
+        with _file_limits(files):
+            process = _start(command, variables)
         ended: SimpleQueue[int] = SimpleQueue()
         try:
             Thread(target=_watch, args=(process, ended, get_ident()), daemon=True).start()
@@ -63,12 +77,30 @@ def run(command: Sequence[str], variables: Mapping[str, str], signals: Collectio
 
 
 def _start(command: Sequence[str], variables: Mapping[str, str]) -> int:
-    words, environment = [*command], {**os.environ, **variables}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("DSMTPD_")}
+    environment = {**others, **variables}
     try:
-        return os.posix_spawnp(words[0], words, environment, setsigmask=[], setsigdef=_IGNORED)
+        return _spawn(command, environment)
     except OSError as error:
+        if error.errno == errno.ENOEXEC:  # a script without a first line that names its shell
+            return _spawn(["sh", shutil.which(command[0]) or command[0], *command[1:]], environment)
         code = _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
         raise CommandError(command[0], error.strerror, code) from None
+
+
+def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    return os.posix_spawnp(command[0], [*command], environment, setsigmask=[], setsigdef=_DEFAULT)
+
+
+@contextmanager
+def _file_limits(limits: tuple[int, int] | None) -> Iterator[None]:
+    """Give what is started meanwhile these *limits* of open files; None changes nothing."""
+    ours = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits or ours)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, ours)
 
 
 def _watch(process: int, ended: SimpleQueue[int], thread: int) -> None:
@@ -84,22 +116,21 @@ def _watch(process: int, ended: SimpleQueue[int], thread: int) -> None:
 def _attend(process: int, awaited: Collection[int], ended: SimpleQueue[int]) -> int:
     """Pass signals on to a *process* until it has *ended*; return its exit code, as shells do."""
     while True:
-        number, has_it = _wait(awaited)
+        number, is_typed = _wait(awaited)
         if not ended.empty():
             code = ended.get()
             return code if code >= 0 else _ENDED_BY - code
-        if not has_it and number != signal.SIGCHLD:
+        if number != signal.SIGCHLD:
             with suppress(OSError):  # It has just ended, or runs as another user.
-                os.kill(process, number)
+                # A terminal has sent it to all processes of the group in its foreground.
+                has_it = is_typed and os.getpgid(process) == os.getpgrp()
+                os.kill(process, 0 if has_it else number)  # 0 does nothing.
 
 
 def _wait(awaited: Collection[int]) -> tuple[int, bool]:
-    """Wait for a signal; return it, and whether the command has it already.
-
-    Those that a terminal sends, as by Ctrl+C, go to all processes in its foreground.
-    """
+    """Wait for a signal; return it, and whether a terminal has sent it, as by Ctrl+C."""
     if hasattr(signal, "sigwaitinfo"):
         info = signal.sigwaitinfo(awaited)
-        return info.si_signo, info.si_code > 0  # from the kernel, not from a process
+        return info.si_signo, info.si_signo in _TYPED and info.si_code > 0  # not by a process
     number = signal.sigwait(awaited)
-    return number, number == signal.SIGINT and os.isatty(0)
+    return number, number in _TYPED and os.isatty(0)

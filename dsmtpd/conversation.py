@@ -347,7 +347,7 @@ class Conversation:
             self._mute = False
             self._end()
             self._actions.append(Control.CUT)
-        elif failure.delay:
+        elif not failure.reply:
             self._actions.append(Delay(failure.delay))
             return False
         else:

@@ -173,9 +173,10 @@ def create_maildir(
 def mail_files(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
     """Yield the file of each mail in the Maildir at *path*, read or not; raises `OSError`."""
     for name in ("new", "cur"):
-        for entry in os.scandir(Path(path, name)):
-            if not entry.name.startswith(".") and not entry.is_dir():
-                yield entry
+        with os.scandir(Path(path, name)) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_file():
+                    yield entry
 
 
 def count_mails(path: str | os.PathLike[str]) -> int:

@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -16,46 +17,48 @@ if TYPE_CHECKING:
 
 # The rest of the package is imported when a fixture is used: tests without mails do not wait.
 
-_server = pytest.StashKey["Server"]()
-_fail = pytest.StashKey[Any]()
+_servers: WeakKeyDictionary[pytest.Session, Server] = WeakKeyDictionary()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
     marker = "dsmtpd(tls=None, smtputf8=True, auth=True, max_size=33554432, fail=())"
-    text = "options of the fixture dsmtpd; dsmtpd_session heeds fail only."
+    text = "options of the fixture dsmtpd; dsmtpd_session honours fail only."
     config.addinivalue_line("markers", f"{marker}: {text}")
 
 
 @pytest.fixture
 def dsmtpd(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Yield a debugging SMTP server for this test, with the options of `@pytest.mark.dsmtpd`."""
-    with _server_with(_options(request.node)) as server:
+    with _server(_options(request.node)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def dsmtpd_session(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Yield a debugging SMTP server for all tests, which has no mails when a test begins."""
-    stash = request.session.stash
-    with _server_with({"fail": stash[_fail]}) as server:
-        stash[_server] = server
+    with _server({}) as server:
+        _servers[request.session] = server
         yield server
-        del stash[_server]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have the server of the session begin anew."""
+    if server := _servers.get(item.session):
+        server.clear()
+        server.fail(())
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have the server of the session begin anew."""
-    options, stash = _options(item), item.session.stash
-    stash[_fail] = options.pop("fail", ())
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Have the server of the session fail as the test asks for, if it uses that server."""
     fixtures = getattr(item, "fixturenames", ())
-    if options and "dsmtpd_session" in fixtures and "dsmtpd" not in fixtures:
-        _complain(f"dsmtpd_session heeds fail only, not {', '.join(options)}")
-    if _server in stash:
-        stash[_server].clear()
+    if "dsmtpd_session" in fixtures:
+        options = _options(item)
         with _in_one_line():
-            stash[_server].fail(stash[_fail])
+            _servers[item.session].fail(options.pop("fail", ()))
+        if options and "dsmtpd" not in fixtures:
+            _complain(f"dsmtpd_session honours fail only, not {', '.join(options)}")
 
 
 def _options(node: pytest.Item) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def _options(node: pytest.Item) -> dict[str, Any]:
 
 
 @contextmanager
-def _server_with(options: dict[str, Any]) -> Iterator[Server]:
+def _server(options: dict[str, Any]) -> Iterator[Server]:
     with warnings.catch_warnings():
         # Python 3.15 deprecates what aiosmtpd 1.4.6 imports.
         warnings.simplefilter("ignore", DeprecationWarning)

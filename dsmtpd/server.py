@@ -9,9 +9,10 @@ import os
 import selectors
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError  # another one before 3.11
+from concurrent.futures import Future
+from functools import partial
 from ipaddress import ip_address
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from aiosmtpd.controller import UnthreadedController
@@ -43,6 +44,9 @@ _ALL = ["::", "0.0.0.0"]  # noqa: S104  # which the user has asked for
 
 # Seconds that the event loop waits awake.
 _AWAKE = 100e-6
+
+# As `time.monotonic`, which tests of applications may replace, for example by freezegun.
+_clock = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
 # Seconds that the end waits for deliveries, that is, for a disk that may hang.
 _END_PATIENCE = 5
@@ -88,17 +92,20 @@ class Listener:
 
     def __enter__(self) -> Self:
         """Listen; raises `ListenError` as soon as the system says that this cannot be."""
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dsmtpd")
+        listening: Future[_Controller] = Future()
+        # A program that forgets to leave the block can end all the same.
+        self._thread = Thread(target=self._run, args=(listening,), name="dsmtpd", daemon=True)
         try:
-            self._controller = self._thread.submit(self._listen).result()
+            self._thread.start()
+            self._controller = listening.result()
         except (OSError, RuntimeError) as error:
-            self._thread.shutdown()
+            if self._thread.ident is not None:
+                self._thread.join()
             raise self._refusal(error) from error
         addresses = [listening.getsockname() for listening in self._controller.server.sockets]
         self.host, self.port = addresses[0][:2]
         hosts = (host.partition("%")[0] for host, *_ in addresses)
         self.is_local = all(ip_address(host).is_loopback for host in hosts)
-        self._thread.submit(self._controller.loop.run_forever)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,13 +113,9 @@ class Listener:
         loop = self._controller.loop
         draining = asyncio.run_coroutine_threadsafe(self._controller.drain(), loop)
         draining.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-        closing = self._thread.submit(loop.close)  # once the loop has stopped
-        try:
-            closing.result(_END_PATIENCE)
-        except FutureTimeoutError:
-            raise StopError(f"A mail has not been stored within {_END_PATIENCE} s") from None
-        finally:
-            self._thread.shutdown(wait=closing.done())
+        self._thread.join(_END_PATIENCE)
+        if self._thread.is_alive():
+            raise StopError(f"A mail has not been stored within {_END_PATIENCE} s")
         draining.result()
 
     def fail(self, rules: Sequence[Rule]) -> None:
@@ -123,14 +126,17 @@ class Listener:
         where = f"{self._options.interface}, port {self._options.port}"
         return ListenError(f"Cannot listen on {where}: {_reason(error)}")
 
-    def _listen(self) -> _Controller:
+    def _run(self, listening: Future[_Controller]) -> None:
+        """Serve, in a thread, until the loop is stopped; tell when that has begun, or failed."""
         controller = _Controller(self._service, self._hosts, self._options.port)
         try:
             controller.begin()
-        except BaseException:
-            controller.loop.close()
-            raise
-        return controller
+        except Exception as error:  # noqa: BLE001  # for who waits for it
+            listening.set_exception(error)
+        else:
+            listening.set_result(controller)
+            controller.loop.run_forever()
+        controller.loop.close()
 
 
 class _Selector(selectors.DefaultSelector):
@@ -142,11 +148,19 @@ class _Selector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Return what is ready, after *timeout* seconds at the latest."""
         if timeout is None or timeout > _AWAKE:
-            end = time.monotonic() + _AWAKE
-            while time.monotonic() < end:
+            end = _clock() + _AWAKE
+            while _clock() < end:
                 if ready := super().select(0):
                     return ready
         return super().select(timeout)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop whose time goes on where tests freeze that of the process."""
+
+    def time(self) -> float:
+        """Return the seconds of the system's clock."""
+        return _clock()
 
 
 class _Controller(UnthreadedController):
@@ -155,7 +169,7 @@ class _Controller(UnthreadedController):
     server: asyncio.Server
 
     def __init__(self, service: Service, hosts: list[str], port: int) -> None:
-        loop = asyncio.SelectorEventLoop(_Selector())
+        loop = _Loop(_Selector())
         loop.set_exception_handler(self._report)
         super().__init__(service.handler, hosts[0], port, loop)
         self._hosts = hosts

@@ -43,11 +43,14 @@ __all__ = [
 _SHOWN_OCTETS = 400
 
 # What stands at the top of a stored mail.
-_ENVELOPE = re.compile(rb"X-Peer: (.*)\nX-MailFrom: (.*)\nX-RcptTo: (.*)\n")
+_ENVELOPE = re.compile(rb"X-Peer: (.*?)\r?\nX-MailFrom: (.*?)\r?\nX-RcptTo: (.*?)\r?\n")
 _PEER = re.compile(r"\('([^']*)', ([0-9]+).*")
 
 # A comma in a quoted local part separates no recipients (RFC 5321, section 4.1.2).
-_RECIPIENT = re.compile(r'(?:"(?:\\.|[^"\\])*"|[^,]|,(?! ))+')
+_RECIPIENT = re.compile(r'(?:, )?((?:"(?:\\.|[^"\\])*"@)?(?:(?!, ).)+)')
+
+# How often a Maildir is read anew in which mails are moved meanwhile.
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Server:
     *host*, *port*: where it listens. *ca*: with *tls*, the certificate in PEM that clients are to
     trust, else None.
 
-    Raises `ValueError` for a *tls* that is neither, `RuleError` for a rule that makes no sense, and
+    Raises `ValueError` for a *tls* or a *max_size* that makes no sense, `RuleError` for a rule, and
     `TLSError` when there is no certificate for TLS.
     """
 
@@ -134,6 +137,8 @@ class Server:
         """Listen nowhere yet."""
         if tls not in {"starttls", "implicit", None}:
             raise ValueError(f"tls: {tls!r} is neither starttls nor implicit")
+        if not isinstance(max_size, int) or max_size < 0:
+            raise ValueError(f"max_size: {max_size!r} is not a number of octets, 0 or more")
         options = Options(
             port=0,
             max_size=max_size,
@@ -170,15 +175,15 @@ class Server:
         Raises `TimeoutError` after *timeout* seconds; its text shows what did arrive.
         """
         __tracebackhide__ = True  # pytest shows the line of the test.
-        if not self._inbox.wait(count, timeout):
-            arrived = self.messages
+        arrived = self._inbox.wait(count, timeout)
+        if len(arrived) < count:
             summary = f"{len(arrived)} of {count} mails arrived within {timeout:g} s"
             raise TimeoutError("\n".join([summary, *map(repr, arrived)]))
-        return self.messages
+        return arrived
 
     def clear(self) -> None:
         """Forget the mails that have arrived."""
-        self._inbox.messages.clear()
+        self._inbox.clear()
 
     def fail(self, rules: str | Iterable[str]) -> None:
         """From now on, have replies fail by *rules* instead of earlier ones; raises `RuleError`."""
@@ -201,21 +206,32 @@ class _Inbox:
             self._arrival.notify_all()
         return "250 OK"
 
-    def wait(self, count: int, timeout: float) -> bool:
-        """Tell whether *count* messages are there within *timeout* seconds."""
+    def wait(self, count: int, timeout: float) -> tuple[ReceivedMessage, ...]:
+        """Return what is there after *timeout* seconds, or once it is at least *count*."""
         with self._arrival:
-            return self._arrival.wait_for(lambda: len(self.messages) >= count, timeout)
+            self._arrival.wait_for(lambda: len(self.messages) >= count, timeout)
+            return tuple(self.messages)
+
+    def clear(self) -> None:
+        with self._arrival:
+            self.messages.clear()
 
 
 def messages(maildir: str | os.PathLike[str]) -> tuple[ReceivedMessage, ...]:
-    """Return the mails that dsmtpd has stored in a *maildir*, read or not, oldest first.
+    """Return the mails in a *maildir*, read or not, oldest first.
 
-    Raises `OSError` when there is no such Maildir.
+    Those that another program than dsmtpd has stored have an empty envelope. Raises `OSError` when
+    there is no such Maildir.
     """
-    found = {}
-    for file in mail_files(maildir):
-        with suppress(FileNotFoundError):  # A reader moves it to cur/, under a longer name.
-            found[file.name.partition(":")[0]] = Path(file).read_bytes()
+    folder = Path(maildir).expanduser()
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # A mail program moves mails to cur/, and renames them.
+            return _messages(folder)
+    return _messages(folder)
+
+
+def _messages(folder: Path) -> tuple[ReceivedMessage, ...]:
+    found = {file.name.partition(":2,")[0]: Path(file).read_bytes() for file in mail_files(folder)}
     return tuple(_stored(octets) for _, octets in sorted(found.items()))
 
 
@@ -225,7 +241,7 @@ def _stored(octets: bytes) -> ReceivedMessage:
     if match is None:
         return ReceivedMessage("", (), "", octets)
     peer, mail_from, rcpt_tos = map(decoded, match.groups())
-    recipients = tuple(rcpt.strip(" ") for rcpt in _RECIPIENT.findall(rcpt_tos))
+    recipients = tuple(_RECIPIENT.findall(rcpt_tos))
     return ReceivedMessage(mail_from, recipients, _PEER.sub(_endpoint, peer), octets[match.end() :])
 
 

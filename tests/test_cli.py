@@ -96,6 +96,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--tls", "yes"], "--tls: 'yes' is neither starttls nor implicit"),
         (["--fail", "x:451"], "--fail x:451: 'x' is none of connect, auth, mail, rcpt, data"),
         (["-p", "1", "--"], "No command after --"),
+        (["-p", "1", "--", "", "x"], "No command after --"),
         (["--fail"], "--fail requires argument"),
         (["--print", "html"], "--print: 'html' is neither text nor json"),
         (["--tls", ""], "--tls: '' is neither starttls nor implicit"),

@@ -2,21 +2,24 @@ from __future__ import annotations
 
 import os
 import pty
+import resource
 import shutil
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from threading import Thread, get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dsmtpd._dsmtpd import main
 from dsmtpd.command import CommandError, run
 from tests.test_main import with_preparation
 from tests.tools import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from tests.tools import Daemon
 
@@ -54,6 +57,42 @@ def test_it_has_its_arguments_and_more_variables(
     assert (code, out.read_text()) == (0, "a b\n\nkept\n1\n")
 
 
+def test_it_has_no_variables_of_another_dsmtpd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSMTPD_DIRECTORY", "another")
+    script = f'echo "${{DSMTPD_DIRECTORY-none}}" "$DSMTPD_PORT" >{tmp_path}/out'
+    assert run(["sh", "-c", script], {"DSMTPD_PORT": "1"}, NONE) == 0
+    assert (tmp_path / "out").read_text() == "none 1\n"
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_a_script_is_run_as_shells_do_also_without_a_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_found: bool
+) -> None:
+    script = tmp_path / "script"
+    script.write_text('exit "$1"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run(["script" if is_found else str(script), "5"], {}, NONE) == 5
+
+
+def test_its_end_is_seen_also_where_ends_are_ignored() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    assert run(["sh", "-c", "exit 7"], {}, NONE) == 7
+
+
+def test_it_may_open_as_many_files_as_without_dsmtpd(tmp_path: Path) -> None:
+    before = _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        main(["-p", "0", "--", "sh", "-c", f"ulimit -n >{tmp_path}/out"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert (tmp_path / "out").read_text() == "256\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
     tmp_path: Path,
 ) -> None:
@@ -106,7 +145,7 @@ def says(daemon: Daemon, word: str) -> bool:
     return daemon.process.stdout.readline().strip() == word
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, 40])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU])
 def test_a_command_does_not_outlive_dsmtpd(start: Callable[..., Daemon], number: int) -> None:
     daemon = start("-p", "0", "--", "sh", "-c", "echo ready; exec sleep 60")
     assert says(daemon, "ready")
@@ -125,33 +164,69 @@ def test_a_signal_is_passed_on_once(start: Callable[..., Daemon]) -> None:
     assert last.endswith("INFO: Cleaning up")
 
 
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Return the two ends of a terminal, of which the first has the keys."""
+    try:
+        ends = pty.openpty()
+    except OSError:
+        pytest.skip("this system has no terminals")
+    yield ends
+    for end in ends:
+        with suppress(OSError):
+            os.close(end)
+
+
+def start_in_terminal(
+    start: Callable[..., Daemon], inside: int, *command: str, preparation: str = "pass"
+) -> Daemon:
+    if shutil.which("setsid") is None:
+        pytest.skip("setsid is not installed")
+    run = ["setsid", "--ctty", *with_preparation(preparation)]
+    daemon = start("-p", "0", *command, run=run, stdin=inside)
+    assert says(daemon, "ready")
+    return daemon
+
+
 # As on macOS.
 WITHOUT = "import signal\nif hasattr(signal, 'sigwaitinfo'): del signal.sigwaitinfo"
 
 
 @pytest.mark.parametrize("preparation", ["pass", WITHOUT])
-def test_ctrl_c_in_a_terminal_comes_once(start: Callable[..., Daemon], preparation: str) -> None:
-    if shutil.which("setsid") is None:
-        pytest.skip("setsid is not installed")
-    try:
-        terminal, inside = pty.openpty()
-    except OSError:
-        pytest.skip("this system has no terminals")
-    try:
-        run = ["setsid", "--ctty", *with_preparation(preparation)]
-        daemon = start("-p", "0", *COUNTING, run=run, stdin=inside)
-        assert says(daemon, "ready")
-        # The command is to have dealt with it before dsmtpd can pass it on.
-        daemon.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
-        os.write(terminal, b"\x03")
-        assert says(daemon, "interrupted")
-        daemon.process.send_signal(signal.SIGTERM)
-        daemon.process.send_signal(signal.SIGCONT)
-        assert daemon.end()[0] == 11
-    finally:
-        os.close(terminal)
-        os.close(inside)
+def test_ctrl_c_in_a_terminal_comes_once(
+    start: Callable[..., Daemon], terminal: tuple[int, int], preparation: str
+) -> None:
+    keys, inside = terminal
+    daemon = start_in_terminal(start, inside, *COUNTING, preparation=preparation)
+    # The command is to have dealt with it before dsmtpd can pass it on.
+    daemon.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
+    os.write(keys, b"\x03")
+    assert says(daemon, "interrupted")
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.process.send_signal(signal.SIGCONT)
+    assert daemon.end()[0] == 11
+
+
+def test_ctrl_c_comes_to_a_command_that_the_terminal_does_not_know(
+    start: Callable[..., Daemon], terminal: tuple[int, int]
+) -> None:
+    keys, inside = terminal
+    command = ("--", sys.executable, "-c", f"import os; os.setpgid(0, 0)\n{COUNT}")
+    daemon = start_in_terminal(start, inside, *command)
+    os.write(keys, b"\x03")
+    assert says(daemon, "interrupted")
+    assert daemon.end(signal.SIGTERM)[0] == 11
+
+
+def test_a_terminal_that_is_closed_ends_the_command_too(
+    start: Callable[..., Daemon], terminal: tuple[int, int]
+) -> None:
+    keys, inside = terminal
+    daemon = start_in_terminal(start, inside, *COUNTING)
+    os.close(inside)
+    os.close(keys)
+    assert daemon.end()[0] == 128 + signal.SIGHUP
 
 
 SEND = """
@@ -194,10 +269,21 @@ def test_a_command_is_told_an_address_that_it_can_reach(
 
 
 def test_without_a_thread_a_command_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = []
+    spawn = os.posix_spawnp
+
     def start(_thread: object) -> None:
         raise RuntimeError("can't start new thread")
 
+    def spawn_and_note(*args: Any, **kwargs: Any) -> int:
+        processes.append(spawn(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(os, "posix_spawnp", spawn_and_note)
     monkeypatch.setattr(Thread, "start", start)
     with pytest.raises(CommandError, match="Cannot run sleep: can't start new thread") as raised:
         run(["sleep", "60"], {}, NONE)
     assert raised.value.code == 126
+    (process,) = processes
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)

@@ -142,16 +142,20 @@ def test_value(dsmtpd): pass
 @pytest.mark.dsmtpd(fail="rcpt:200")
 def test_rule(dsmtpd): pass
 
-def test_begin(dsmtpd_session): pass
-
 @pytest.mark.dsmtpd(fail="rcpt:200")
 def test_rule_of_session(dsmtpd_session): pass
 
 @pytest.mark.dsmtpd(auth=False)
 def test_session(dsmtpd_session): pass
+
+@pytest.mark.skip
+@pytest.mark.dsmtpd(fail="rcpt:200")
+def test_skipped(dsmtpd, dsmtpd_session): pass
+
+def test_another(dsmtpd_session): pass
 """)
     result = run(pytester)
-    assert result.parseoutcomes() == {"passed": 1, "errors": 6}
+    assert result.parseoutcomes() == {"errors": 4, "failed": 2, "passed": 1, "skipped": 1}
     lines = [line for line in result.outlines if "dsmtpd" in line and not line.startswith("ERROR")]
     assert [line for line in lines if not line.startswith("___")][-6:] == [
         "@pytest.mark.dsmtpd: name the options, as in tls='starttls'",
@@ -159,7 +163,7 @@ def test_session(dsmtpd_session): pass
         "@pytest.mark.dsmtpd: tls: 'ssl' is neither starttls nor implicit",
         f"@pytest.mark.dsmtpd: {RULE_ERROR}",
         f"@pytest.mark.dsmtpd: {RULE_ERROR}",
-        "@pytest.mark.dsmtpd: dsmtpd_session heeds fail only, not auth",
+        "@pytest.mark.dsmtpd: dsmtpd_session honours fail only, not auth",
     ]
     result.stdout.no_fnmatch_line("*Traceback*")
     result.stdout.no_fnmatch_line("*During handling*")

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import smtplib
 import ssl
+import subprocess
 import sys
-from contextlib import suppress
+import time
 from email.message import EmailMessage
 from queue import SimpleQueue
 from threading import Thread
@@ -194,7 +196,30 @@ def test_rules_apply_to_clients_that_are_connected_already() -> None:
         assert client.mail("a@example.com") == (451, b"4.0.0 Failed on demand")
 
 
+def test_a_delay_of_no_time_is_none() -> None:
+    with Server(fail="mail:delay=0") as server, connect(server.port) as client:
+        client.ehlo()
+        assert client.mail("a@example.com")[0] == 250
+
+
+def test_time_that_stands_still_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    with Server(fail="mail:delay=0.01") as server:
+        send(server.port)
+    assert len(server.messages) == 1
+
+
+def test_a_program_that_forgets_to_stop_it_ends_all_the_same() -> None:
+    program = "from dsmtpd.testing import Server; Server().__enter__()"
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
+    assert done.returncode == 0
+
+
 def test_options_that_make_no_sense_are_told() -> None:
+    with pytest.raises(ValueError, match=r"^max_size: -1 is not a number of octets, 0 or more"):
+        Server(max_size=-1)
+    with pytest.raises(ValueError, match=r"^max_size: '1000' is not a number of octets"):
+        Server(max_size="1000")  # type: ignore[arg-type]  # as somebody without mypy does
     with pytest.raises(RuleError, match=r"^rcpt:200: '200' is neither a code"):
         Server(fail="rcpt:200")
     with pytest.raises(ValueError, match=r"^tls: 'ssl' is neither starttls nor implicit"):
@@ -245,6 +270,7 @@ def test_the_mails_of_a_maildir_are_there_oldest_first_read_or_not(tmp_path: Pat
         ("用户@例え.jp", "=?b@x"),
         (r'"\", "@x', '"b@x'),
         ("b,c@x",),
+        ('"b@x', '"c@x'),
     ],
 )
 def test_the_envelope_of_a_stored_mail_is_as_it_came(
@@ -271,16 +297,35 @@ def test_a_mail_that_a_reader_moves_meanwhile_is_there_once(
 ) -> None:
     key, other = store(tmp_path), store(tmp_path)
     read = type(tmp_path).read_bytes
+    steps = [(f"new/{key}", f"cur/{key}:2,"), (f"new/{other}", f"cur/{other}:2,")]
+    steps += [(f"cur/{name}:2,", f"cur/{name}:2,S") for name in (key, other)]
 
     def move(file: Path) -> bytes:
         content = read(file)
-        with suppress(FileNotFoundError):
-            (tmp_path / "new" / key).rename(tmp_path / "cur" / f"{key}:2,")
-            (tmp_path / "new" / other).rename(tmp_path / "cur" / f"{other}:2,")
+        for old, new in (steps.pop(0) for _ in range(2) if steps):
+            (tmp_path / old).rename(tmp_path / new)
         return content
 
     monkeypatch.setattr(type(tmp_path), "read_bytes", move)
     assert len(messages(tmp_path)) == 2
+    assert not steps
+
+
+def test_what_is_no_file_of_a_mail_is_passed_over(tmp_path: Path) -> None:
+    store(tmp_path)
+    (tmp_path / "new" / "folder").mkdir()
+    os.mkfifo(tmp_path / "new" / "fifo")
+    assert len(messages(tmp_path)) == 1
+
+
+def test_copies_of_mails_are_read_too(tmp_path: Path) -> None:
+    key = store(tmp_path)
+    octets = (tmp_path / "new" / key).read_bytes()
+    (tmp_path / "cur" / "10:30.eml").write_bytes(octets)
+    (tmp_path / "cur" / "10:45.eml").write_bytes(octets.replace(b"\n", b"\r\n"))
+    unix, windows, original = messages(tmp_path)
+    assert unix == original
+    assert windows == ReceivedMessage("a@x", ("b@x",), "127.0.0.1:1024", b"Hi\r\n")
 
 
 def test_a_maildir_that_is_not_there_is_an_error(tmp_path: Path) -> None:

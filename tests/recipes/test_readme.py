@@ -55,7 +55,7 @@ class Place:
         command.parent.mkdir()
         real = shlex.quote(str(INSTALLED / "bin" / "dsmtpd"))
         command.write_text(
-            f"#!/bin/sh\necho $$ >{self._pid}\n"
+            f"#!/bin/sh\necho $$ >{shlex.quote(str(self._pid))}\n"
             f'case " $* " in *" -p "*) exec {real} "$@";; esac\nexec {real} -p {self.port} "$@"\n'
         )
         command.chmod(0o755)
@@ -191,7 +191,9 @@ def test_a_recipe_fails_when_its_application_is_broken(place: Place, name: str) 
     source = (place.folder / file).read_text(encoding="utf-8")
     assert old in source
     (place.folder / file).write_text(source.replace(old, new), encoding="utf-8")
-    place.run(*command, code=1)
+    output = place.run(*command, code=1)
+    assert re.search(r"\b1 failed|FAILED \((?:failures|errors)=1\)|fail 1\b", output)
+    assert "ImportError" not in output
 
 
 def test_a_script_has_the_exit_code_of_its_tests_and_leaves_nothing(place: Place) -> None:
