@@ -43,10 +43,10 @@ def start() -> Iterator[Callable[..., Daemon]]:
 
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
-    """Undo what `main` sets for its process, and heed SIGINT even where a script runs them."""
+    """Undo what `main` sets for its process, and heed signals that a script ignores."""
     handlers = {number: signal.getsignal(number) for number in PASSED_ON}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     levels = {name: logging.getLogger(name).level for name in (None, "asyncio")}
     yield
