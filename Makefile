@@ -2,16 +2,17 @@
 #
 # PYTHON is the Python that the environment in VENV is made with, as in
 #     PYTHON=python3.12 VENV=.venv-3.12 make test
-# By default it is the one that mise or asdf offer here, else the python3 of the PATH.
+# By default it is the one that mise or asdf offer here if it is new enough, else the python3 of the PATH.
 
 VENV ?= .venv
+RUN_VENV ?= .venv-run
 BENCH_VENV ?= .venv-bench
-PYTHON ?= $(shell mise which python3 2>/dev/null || asdf which python3 2>/dev/null || echo python3)
+export PYTHON
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.install-timestamp
 RECIPE := tests/recipes/github/tests.yml
-BENCH_INSTALLED := $(BENCH_VENV)/.install-timestamp
+# Some of the tests cannot show that each line is tested.
+COVERAGE ?= $(if $(ARGS),,--cov --cov-report=term-missing:skip-covered --cov-report=html)
 
 .DEFAULT_GOAL := help
 
@@ -21,31 +22,40 @@ help: ## List the targets.
 	do printf '  %-12s %s\n' "$$name" "$$text"; done
 
 .PHONY: run
-run: $(INSTALLED) ## Start dsmtpd; ARGS holds its arguments.
-	$(BIN)/dsmtpd $(ARGS)
+run: ## Start dsmtpd; ARGS holds its arguments.
+	@.ci/environment $(RUN_VENV) --editable .
+	$(RUN_VENV)/bin/dsmtpd $(ARGS)
+
+.PHONY: environment
+environment:
+	@.ci/environment $(VENV) --requirement requirements-dev.txt --editable .
 
 .PHONY: install-dev
-install-dev: $(INSTALLED) ## Make the environment and install the hooks: a clone is ready.
-	$(BIN)/prek install
+install-dev: ## Make the environment and install the hooks: a clone is ready.
+	@git rev-parse --git-dir >/dev/null 2>&1 || \
+	{ echo "This is no clone of the repository, so there are no commits to check" >&2; exit 1; }
+	@$(MAKE) --no-print-directory environment
+	install -m 755 .ci/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 .PHONY: test
-test: $(INSTALLED) ## Run the tests, with coverage in the terminal and in htmlcov/.
-	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/clients --ignore tests/recipes $(ARGS)
+test: environment ## Run the tests, and show each line that none runs; ARGS picks some of them.
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/clients --ignore tests/recipes \
+	$(COVERAGE) $(ARGS)
 
 .PHONY: clients
-clients: $(INSTALLED) ## Try mail clients, and what README.rst shows, after .ci/install-clients.
-	$(BIN)/python -m pytest --no-cov -n auto --dist worksteal tests/clients tests/recipes $(ARGS)
+clients: environment ## Try mail clients, and what README.rst shows, after .ci/install-clients.
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/clients tests/recipes $(ARGS)
 
 .PHONY: promises
-promises: $(INSTALLED) ## Prove the promises of README.rst, in Python's development mode.
-	$(BIN)/python -X dev -W error -m pytest --no-cov tests/promises $(ARGS)
+promises: environment ## Prove the promises of README.rst, in Python's development mode.
+	$(BIN)/python -X dev -W error -m pytest tests/promises $(ARGS)
 
 .PHONY: soak
 soak: override ARGS += --soak
 soak: promises ## Prove them at length, in about nine minutes.
 
 .PHONY: lint
-lint: $(INSTALLED) ## Check the code and the workflows.
+lint: environment ## Check the code and the workflows.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/zizmor --offline --quiet .github $(RECIPE)
@@ -53,24 +63,25 @@ lint: $(INSTALLED) ## Check the code and the workflows.
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 .PHONY: lint-fix
-lint-fix: $(INSTALLED) ## Mend what can be mended, and format.
+lint-fix: environment ## Fix what can be fixed, and format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 .PHONY: format
-format: $(INSTALLED) ## Format the code.
+format: environment ## Format the code.
 	$(BIN)/ruff format
 
 .PHONY: typecheck
-typecheck: $(INSTALLED) ## Check the types.
+typecheck: environment ## Check the types.
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: $(BENCH_INSTALLED) ## Measure speed and memory against other servers; ARGS holds its arguments.
+bench: ## Measure speed and memory against other servers; ARGS holds its arguments.
+	@.ci/environment $(BENCH_VENV) --editable .
 	$(BENCH_VENV)/bin/python benchmarks/bench.py $(ARGS)
 
 .PHONY: build
-build: $(INSTALLED) clean-build ## Build the source distribution and the wheel in dist/.
+build: environment clean-build ## Build the source distribution and the wheel in dist/.
 	$(BIN)/python -m build
 
 .PHONY: check-dist
@@ -86,16 +97,4 @@ clean-build: ## Remove what has been built.
 
 .PHONY: clean-venv
 clean-venv: ## Remove the environments.
-	rm -rf $(VENV) $(BENCH_VENV) .venv-clients benchmarks/.cache
-
-$(INSTALLED): pyproject.toml requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt --editable .
-	touch $@
-
-# One of its own, in which the checkout is installed as users have it: in .venv, tools such as coverage
-# hook into the start of Python.
-$(BENCH_INSTALLED): pyproject.toml benchmarks/requirements.txt $(wildcard dsmtpd/*.py)
-	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt .
-	touch $@
+	rm -rf $(VENV) $(RUN_VENV) $(BENCH_VENV) .venv-clients benchmarks/.cache
