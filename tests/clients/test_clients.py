@@ -154,7 +154,7 @@ def test_the_readme_names_the_versions_that_are_tried() -> None:
     requirements = (FOLDER / "requirements.txt").read_text()
     versions = re.findall("==(.+)", requirements)
     versions += json.loads((FOLDER / "package.json").read_text())["dependencies"].values()
-    readme = (FOLDER.parent.parent / "README.rst").read_text()
+    readme = (FOLDER / "README.rst").read_text()
     assert len(versions) == 5
     for version in versions:
         assert f"\n     - {version}\n" in readme

@@ -234,12 +234,12 @@ def assert_log(expected: list[str], lines: list[str], port: int) -> None:
 
 
 def test_the_first_screen(place: Place) -> None:
-    block = snippet("$ dsmtpd\n")
-    command, *log = block.splitlines()
-    with place.started(command.removeprefix("$ ")) as output, connect(place.port) as client:
-        mail = "From: app@example.com\nSubject: Welcome Email\n\nHello!\n"
-        client.sendmail("app@example.com", ["user@test.com"], mail)
-    assert_log(log, output.stderr[: len(log)], place.port)
+    block = snippet("$ dsmtpd --print text\n")
+    command, *shown = block.splitlines()
+    start = command.removeprefix("$ ") + " 2>&1"
+    with place.started(start) as output, connect(place.port) as client:
+        client.send_message(reset_mail())
+    assert_log(shown, output.stdout[: len(shown)], place.port)
 
 
 def test_the_quick_start(place: Place) -> None:
@@ -341,15 +341,16 @@ def reset_mail() -> EmailMessage:
     mail["From"], mail["To"] = "Shop <shop@example.com>", "user@test.com"
     mail["Subject"] = "Reset your password"
     mail.set_content(f"Hello Zoë, here you go:\n\n{LINK}\n", cte="quoted-printable")
-    mail.add_attachment(b"%" * 12_345, maintype="application", subtype="pdf", filename="terms.pdf")
     return mail
 
 
 def test_a_printed_mail(place: Place) -> None:
-    block = snippet("$ dsmtpd --print text")
+    block = snippet("$ dsmtpd --print text 2")
     command, *printed = block.splitlines()
+    mail = reset_mail()
+    mail.add_attachment(b"%" * 12_345, maintype="application", subtype="pdf", filename="terms.pdf")
     with place.started(command.removeprefix("$ ")) as output, connect(place.port) as client:
-        client.send_message(reset_mail())
+        client.send_message(mail)
     assert output.stdout == printed
 
 
@@ -379,6 +380,13 @@ def test_a_command(place: Place) -> None:
     copied(place, "shell/check.sh")
     place.bash(block)
     assert [message.subject for message in messages(place.folder / "mails")] == ["Welcome"]
+
+
+def test_the_handler_in_a_program(place: Place) -> None:
+    block = snippet("from aiosmtpd.controller import")
+    program = f"{block}import smtplib\nclient = smtplib.SMTP('127.0.0.1', 1025)\n"
+    place.python(f"{program}client.sendmail('a@x', ['b@x'], 'Subject: Hi')")
+    assert [message.subject for message in messages(place.folder / "mails")] == ["Hi"]
 
 
 def test_a_job_of_github(place: Place) -> None:
