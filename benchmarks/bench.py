@@ -118,25 +118,26 @@ def installed(server: Server) -> list[str]:
     command = [*server.command]
     if server.requirement:
         environment = CACHE / f"{server.requirement}-{platform.python_version()}"
-        program = environment / "bin" / command[0]
-        if not program.exists():
+        command[0] = str(environment / "bin" / command[0])
+        if not Path(command[0]).exists():
             run(sys.executable, "-m", "venv", "--clear", str(environment))
             run(str(environment / "bin" / "pip"), "install", "--quiet", server.requirement)
-        return [str(program), *command[1:]]
-    if command[0] == "node" and not (CACHE / "node_modules" / "smtp-server").exists():
+    elif command[0] == "node" and not (CACHE / "node_modules" / "smtp-server").exists():
         run("npm", "install", "--silent", "--prefix", str(CACHE), "smtp-server@3.21.6")
-    if (path := shutil.which(command[0], path=PATH)) is None:
-        raise BenchError("it is not installed")
-    return [path, *command[1:]]
+    return [path_of(command[0]), *command[1:]]
+
+
+def path_of(name: str) -> str:
+    """Return where the program *name* is; raises `BenchError`."""
+    if path := shutil.which(name, path=PATH):
+        return path
+    raise BenchError(f"{name} is not installed")
 
 
 def run(*command: str) -> None:
     """Run *command* to its end; raises `BenchError`."""
-    if (path := shutil.which(command[0], path=PATH)) is None:
-        raise BenchError(f"{command[0]} is not installed")
-    done = subprocess.run(
-        [path, *command[1:]], check=False, capture_output=True, text=True, timeout=PATIENCE
-    )
+    words = [path_of(command[0]), *command[1:]]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
         raise BenchError(f"{command[0]} fails: {(done.stderr or done.stdout).strip()[-200:]}")
 

@@ -31,7 +31,6 @@ PASSED_ON = signal.valid_signals() - _NOT_PASSED_ON
 # Python ignores the first two, and who started dsmtpd perhaps the third: no command expects that.
 _DEFAULT = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD]
 
-
 # What a terminal sends when keys are pressed.
 _TYPED = {signal.SIGINT, signal.SIGQUIT}
 
