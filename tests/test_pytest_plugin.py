@@ -126,6 +126,23 @@ def test_none(dsmtpd_session):
     assert outcomes(pytester, tests) == {"passed": 5}
 
 
+def test_rules_of_a_test_do_not_reach_the_fixtures_of_the_next(pytester: pytest.Pytester) -> None:
+    tests = """
+@pytest.fixture
+def welcome(dsmtpd_session):
+    send(dsmtpd_session)
+
+@pytest.mark.dsmtpd(fail="rcpt:451")
+def test_refused(dsmtpd_session):
+    with pytest.raises(smtplib.SMTPRecipientsRefused):
+        send(dsmtpd_session)
+
+def test_welcomed(welcome, dsmtpd_session):
+    assert len(dsmtpd_session.messages) == 1
+"""
+    assert outcomes(pytester, tests) == {"passed": 2}
+
+
 def test_what_is_wrong_with_the_marker_is_one_line(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
 import pytest
