@@ -72,8 +72,10 @@ format: environment ## Format the code.
 	$(BIN)/ruff format
 
 .PHONY: typecheck
-typecheck: environment ## Check the types.
-	$(BIN)/mypy
+typecheck: environment ## Check the types, as on Linux, macOS and (without the tests) Windows.
+	$(BIN)/mypy --platform linux
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 dsmtpd
 
 .PHONY: bench
 bench: ## Measure speed and memory against other servers; ARGS holds its arguments.

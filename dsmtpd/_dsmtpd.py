@@ -6,7 +6,6 @@ import asyncio
 import errno
 import logging
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -55,6 +54,9 @@ log = logging.getLogger(LOGGERNAME)
 # faster than this, in seconds: memory is, and hardly any disk.
 _SMALL = 256 * 1024
 _AT_ONCE = 200e-6
+
+# How many files macOS lets a process open when it says that there is no limit (its OPEN_MAX).
+_OPEN_MAX = 10_240
 
 # How many deliveries may wait for the disk at the same time.
 _DELIVERIES = 32
@@ -269,14 +271,20 @@ def _begin(work: Callable[[], None]) -> Thread | None:
     return thread
 
 
-def _raise_file_limit() -> tuple[int, int]:
+def _raise_file_limit() -> tuple[int, int] | None:
     """Have the system let this process open as many files as it may; each client takes one.
 
-    Return the limits of before.
+    Return the limits of before; Windows has none.
     """
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415
+
     before = _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says "unlimited", and does not mean it.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for limit in (most, _OPEN_MAX):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+            break
     return before
 
 

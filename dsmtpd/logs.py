@@ -97,7 +97,8 @@ def _styled(number: int, text: object) -> str:
 def _is_terminal() -> bool:
     """Tell whether stderr is a terminal that may show colours (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return not plain and sys.stderr.isatty()
+    # Not every console of Windows knows the sequences.
+    return not plain and sys.platform != "win32" and sys.stderr.isatty()
 
 
 def configure() -> None:

@@ -34,6 +34,9 @@ _STALE = 36 * 3600
 # What the system says of folders that it cannot flush.
 _NOT_FLUSHED = {errno.EBADF, errno.EINVAL}
 
+# Windows would write each LF as CRLF.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
 # Of a large mail, so much is turned into its stored form at once.
 _PIECE = 256 * 1024
 
@@ -72,6 +75,9 @@ class Maildir(mailbox.Maildir):
 
     Its length, and so its truth value, takes a look at each mail, as that of its base class does.
     """
+
+    # What separates a name from its flags; Windows allows no colon in names.
+    colon = "!" if os.name == "nt" else ":"
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class Maildir(mailbox.Maildir):
         # By the functions of `os`: all mails go this way, and `pathlib` takes twice as long.
         name = _unique_name()
         path, mail = f"{self._base}tmp/{name}", f"{self._base}new/{name}"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(path, _NEW, 0o666)
         try:
             try:
                 for piece in _pieces(head, content):
@@ -186,6 +192,8 @@ def count_mails(path: str | os.PathLike[str]) -> int:
 
 def _flush(folder: str | os.PathLike[str]) -> None:
     """Have the disk keep the names in *folder*, where the system can do that; raises `OSError`."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders.
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import time
 from contextlib import suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 # So many characters fit into what a pipe takes at once, when it takes any, even if each is escaped
 # in ten octets (4,096 octets on Linux, POSIX wants 512).
@@ -30,11 +31,12 @@ class Output:
         self._stream = stream
         with suppress(AttributeError):  # It is no file, and takes any character.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-        self._poll: select.poll | None = None
-        with suppress(OSError):  # It may be no file.
-            number = stream.fileno()
-            self._poll = select.poll()
-            self._poll.register(number, select.POLLOUT)
+        self._poll: Any = None
+        if sys.platform != "win32" and hasattr(select, "poll"):  # Windows asks sockets only.
+            with suppress(OSError):  # It may be no file.
+                number = stream.fileno()
+                self._poll = select.poll()
+                self._poll.register(number, select.POLLOUT)
 
     def write(self, text: str) -> bool:
         """Write *text*; return whether that was done before the deadline; raises `OSError`."""

@@ -8,6 +8,7 @@ import logging
 import os
 import selectors
 import socket
+import sys
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -45,8 +46,12 @@ _ALL = ["::", "0.0.0.0"]  # noqa: S104  # which the user has asked for
 # Seconds that the event loop waits awake.
 _AWAKE = 100e-6
 
-# As `time.monotonic`, which tests of applications may replace, for example by freezegun.
-_clock = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+# As `time.monotonic`, which tests of applications may replace, for example by freezegun. Windows
+# has no other; there, this one is the most precise.
+if sys.platform == "win32":
+    _clock = time.perf_counter
+else:
+    _clock = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
 # Seconds that the end waits for deliveries, that is, for a disk that may hang.
 _END_PATIENCE = 5
@@ -243,4 +248,6 @@ def _reason(error: OSError | UnicodeError | RuntimeError) -> str:
     if isinstance(error, UnicodeError):
         return "Malformed name"
     # When none of the addresses is ours, asyncio (since Python 3.12) forgets the error's number.
-    return os.strerror(error.errno or errno.EADDRNOTAVAIL)
+    number = error.errno or errno.EADDRNOTAVAIL
+    # The texts of Windows for errors of sockets are not where those of other errors are.
+    return getattr(socket, "errorTab", {}).get(number) or os.strerror(number)

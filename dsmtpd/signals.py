@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
+import time
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Where signals cannot be blocked, as on Windows, handlers keep them here: what has come, and the
+# seconds between two looks, as nothing there wakes who waits.
+_kept: SimpleQueue[int] = SimpleQueue()
+_LOOK = 0.1
+
+
+def named(*names: str) -> frozenset[signal.Signals]:
+    """Return the signals of these *names* that this system has."""
+    known = signal.Signals.__members__
+    return frozenset(known[name] for name in names if name in known)
+
+
+# Windows sends the last one for Ctrl+Break, and when a console is closed.
+_STOPPING = named("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 def end_at_once() -> None:
@@ -30,6 +47,10 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
     """
     held = {*_STOPPING, *more}
     signals = {number for number in held if signal.getsignal(number) is not signal.SIG_IGN}
+    if sys.platform == "win32" or not hasattr(signal, "pthread_sigmask"):
+        with _caught(signals):
+            yield signals
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield signals
@@ -37,11 +58,41 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _caught(signals: Collection[int]) -> Iterator[None]:
+    """Hold *signals* back by handlers, which run between two steps of the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _keep) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _keep:
+                signal.signal(number, handler)
+        while not _kept.empty():
+            signal.raise_signal(_kept.get())
+
+
+def _keep(number: int, _: object) -> None:
+    _kept.put(number)
+
+
 def wait(signals: Collection[int]) -> None:
     """Wait for one of the blocked *signals*; from then on, ignore them all.
 
     Some runners send a signal again and again, which must not disturb the end.
     """
-    signal.sigwait(signals)
+    if hasattr(signal, "sigwait"):
+        signal.sigwait(signals)
+    else:
+        while _kept.empty():
+            time.sleep(_LOOK)
+    ignore(signals)
+
+
+def ignore(signals: Collection[int]) -> None:
+    """Ignore *signals* from now on."""
     for number in signals:
         signal.signal(number, signal.SIG_IGN)

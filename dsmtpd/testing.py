@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dsmtpd.content import Attachment, Content
 from dsmtpd.failures import Rule, RuleError
-from dsmtpd.maildir import mail_files
+from dsmtpd.maildir import Maildir, mail_files
 from dsmtpd.options import DEFAULT_MAX_SIZE, Options
 from dsmtpd.server import Listener, ListenError
 from dsmtpd.text import decoded, endpoint, printable
@@ -231,7 +231,8 @@ def messages(maildir: str | os.PathLike[str]) -> tuple[ReceivedMessage, ...]:
 
 
 def _messages(folder: Path) -> tuple[ReceivedMessage, ...]:
-    found = {file.name.partition(":2,")[0]: Path(file).read_bytes() for file in mail_files(folder)}
+    flags = f"{Maildir.colon}2,"
+    found = {file.name.partition(flags)[0]: Path(file).read_bytes() for file in mail_files(folder)}
     return tuple(_stored(octets) for _, octets in sorted(found.items()))
 
 

@@ -8,7 +8,7 @@ import stat
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dsmtpd import signals
 
@@ -64,7 +64,7 @@ def ca_file(ca: bytes | None, path: str | None) -> Iterator[str | None]:
     with ExitStack() as stack:
         try:
             if ca is not None:
-                path = path or stack.enter_context(_temporary()).name
+                path = path or stack.enter_context(_temporary())
                 _write(Path(path), _MARK + ca)
         except OSError as error:
             where = path or "a temporary file"
@@ -200,11 +200,18 @@ def _generate(context: ssl.SSLContext, interface: str) -> bytes:
     return ca.cert_pem.bytes()
 
 
-def _temporary() -> IO[bytes]:
-    """Return a file that goes when it is closed."""
+@contextmanager
+def _temporary() -> Iterator[str]:
+    """Yield the name of a file that goes at the end."""
     import tempfile  # noqa: PLC0415  # slow to import
 
-    return tempfile.NamedTemporaryFile(prefix="dsmtpd-ca-", suffix=".pem")
+    descriptor, name = tempfile.mkstemp(prefix="dsmtpd-ca-", suffix=".pem")
+    os.close(descriptor)  # Windows replaces no file that is open.
+    try:
+        yield name
+    finally:
+        with suppress(OSError):
+            Path(name).unlink()
 
 
 def _can_be_certified(ca: trustme.CA, name: str) -> bool:
@@ -233,7 +240,7 @@ def _write(file: Path, pem: bytes) -> None:
 
 def _fault_of_ca(file: Path, status: os.stat_result) -> str | None:
     """Return why *file*, which exists, must not be replaced with a CA."""
-    if status.st_uid != os.geteuid():
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
         return "It belongs to another user"
     if _is_special(file):
         return _NOT_REGULAR

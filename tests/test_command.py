@@ -92,6 +92,23 @@ def test_it_may_open_as_many_files_as_without_dsmtpd(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "256\n"
 
 
+@pytest.mark.parametrize("allowed", [10_240, 256])
+def test_a_system_that_allows_less_than_it_says_is_asked_for_what_macos_allows(
+    allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def setrlimit(_: int, limits: tuple[int, int]) -> None:
+        asked.append(limits[0])
+        if limits[0] > allowed:
+            raise ValueError
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    assert main(["-p", "0", "--", "true"]) == 0
+    assert asked[:2] == [2**63 - 1, 10_240]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
 def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
     tmp_path: Path,
@@ -200,7 +217,7 @@ def test_ctrl_c_in_a_terminal_comes_once(
     daemon = start_in_terminal(start, inside, *COUNTING, preparation=preparation)
     # The command is to have dealt with it before dsmtpd can pass it on.
     daemon.process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
+    os.waitpid(daemon.process.pid, os.WUNTRACED)
     os.write(keys, b"\x03")
     assert says(daemon, "interrupted")
     daemon.process.send_signal(signal.SIGTERM)
