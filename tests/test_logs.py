@@ -15,7 +15,7 @@ import pytest
 
 from dsmtpd import logs
 from dsmtpd.output import LAST
-from tests.tools import PATIENCE
+from tests.tools import PATIENCE, posix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,6 +155,7 @@ def full_pipe() -> tuple[int, int]:
     return reader, writer
 
 
+@posix
 @pytest.mark.parametrize("text", ["short", "long " * 10_000])
 def test_who_reads_late_gets_every_line(text: str) -> None:
     reader, writer = full_pipe()
@@ -169,6 +170,7 @@ def test_who_reads_late_gets_every_line(text: str) -> None:
     assert read.lstrip(b"x").decode() == f"{text}\n"
 
 
+@posix
 def test_at_the_end_what_nobody_reads_is_dropped_within_a_second() -> None:
     reader, writer = full_pipe()
     with os.fdopen(reader, "rb"), os.fdopen(writer, "w") as stream, root() as logger:

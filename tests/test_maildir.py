@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dsmtpd.maildir import Maildir, count_mails, create_maildir, ensure_maildir, is_maildir
-from tests.tools import PATIENCE, on_flush, stored
+from tests.tools import PATIENCE, on_flush, posix, stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -328,6 +328,7 @@ linux_only = pytest.mark.skipif(
 )
 
 
+@posix
 @linux_only
 def test_the_name_of_a_mail_is_flushed_too(
     maildir: Maildir, path: Path, flushes: list[tuple[str, list[str]]]
@@ -340,6 +341,7 @@ def test_the_name_of_a_mail_is_flushed_too(
     assert flushes == []
 
 
+@posix
 @linux_only
 def test_the_folders_of_a_new_maildir_are_flushed_and_no_others(
     tmp_path: Path, flushes: list[tuple[str, list[str]]]
@@ -367,6 +369,7 @@ def test_a_folder_that_the_system_cannot_flush_is_no_failure(
     assert stored(path) == [b"x"]
 
 
+@posix
 def test_a_mail_whose_name_cannot_be_flushed_is_not_stored(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

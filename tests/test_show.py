@@ -17,7 +17,7 @@ import pytest
 from dsmtpd import show
 from dsmtpd.message import Message
 from dsmtpd.show import Arrival, Printer, as_json, as_text
-from tests.tools import PATIENCE, envelope, troubles
+from tests.tools import PATIENCE, envelope, posix, troubles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,6 +173,7 @@ def test_a_closed_stdout_ends_the_printing_with_one_warning(
     assert troubles(caplog) == [("WARNING", f"{ENDED}Broken pipe")]
 
 
+@posix
 def test_a_full_disk_ends_the_printing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with open("/dev/full", "w", encoding="utf-8") as stream:  # noqa: PTH123
         print_all(stream, b"1", b"2", b"3")
@@ -197,6 +198,7 @@ def test_without_a_thread_nothing_is_printed(
     assert troubles(caplog) == [("WARNING", f"{ENDED}can't start new thread")]
 
 
+@posix
 def test_what_nobody_reads_delays_one_reply_and_the_end_by_little(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,6 +209,7 @@ def test_what_nobody_reads_delays_one_reply_and_the_end_by_little(
     assert troubles(caplog) == [("WARNING", f"{ENDED}Nobody reads them")]
 
 
+@posix
 def test_when_too_much_waits_for_a_reader_the_printing_ends(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

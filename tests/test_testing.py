@@ -23,7 +23,7 @@ from dsmtpd.testing import (
     TLSError,
     messages,
 )
-from tests.tools import PATIENCE, connect, envelope, send
+from tests.tools import PATIENCE, connect, envelope, posix, send
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -311,6 +311,7 @@ def test_a_mail_that_a_reader_moves_meanwhile_is_there_once(
     assert not steps
 
 
+@posix
 def test_what_is_no_file_of_a_mail_is_passed_over(tmp_path: Path) -> None:
     store(tmp_path)
     (tmp_path / "new" / "folder").mkdir()

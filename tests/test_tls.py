@@ -42,6 +42,7 @@ from tests.tools import (
     Handler,
     Wire,
     codes,
+    posix,
     reset,
     troubles,
     turns,
@@ -799,6 +800,7 @@ def test_a_link_is_replaced_by_the_ca_and_not_followed(
     assert (target.read_bytes() if target.exists() else None) == content
 
 
+@posix
 def test_a_file_of_another_user_is_not_used_for_the_ca(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -812,6 +814,7 @@ def test_a_file_of_another_user_is_not_used_for_the_ca(
     assert link.is_symlink()
 
 
+@posix
 @pytest.mark.parametrize("is_link", [False, True])
 def test_a_fifo_is_not_waited_for(tmp_path: Path, *, is_link: bool) -> None:
     fifo = tmp_path / "fifo"
@@ -868,6 +871,7 @@ def test_a_temporary_file_that_cannot_be_created_is_reported_in_one_line(
     assert refusal() == "Cannot make a certificate: No such file or directory"
 
 
+@posix
 def test_no_signal_leaves_the_file_behind_by_which_a_made_key_goes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -43,6 +43,8 @@ FREE = Options(port=0)
 
 Way = Literal["starttls", "implicit"]
 
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has nothing of the kind")
+
 RUN = (sys.executable, "-X", "dev", *WARNINGS, "-m", "dsmtpd")
 
 
