@@ -1,4 +1,4 @@
-"""Starts the command: sees to the signals, and only then loads the rest of it."""
+"""Starts the command: sets up signals first, and then loads the rest."""
 
 from dsmtpd import signals
 
@@ -6,7 +6,7 @@ from dsmtpd import signals
 def main() -> int:
     """Run the command with the arguments of this process; return its exit code."""
     signals.end_at_once()
-    from dsmtpd._dsmtpd import main  # noqa: PLC0415  # it takes most of the start
+    from dsmtpd._dsmtpd import main  # noqa: PLC0415  # takes most of the start
 
     return main()
 

@@ -1,4 +1,4 @@
-"""The daemon: what happens to a mail, and the command that puts the parts together."""
+"""The daemon: what happens to a mail, and the command that puts the pieces together."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ log = logging.getLogger(LOGGERNAME)
 _SMALL = 256 * 1024
 _AT_ONCE = 200e-6
 
-# How many files macOS lets a process open when it says that there is no limit (its OPEN_MAX).
+# How many files macOS really lets a process open when it reports no limit (its OPEN_MAX).
 _OPEN_MAX = 10_240
 
 # How many deliveries may wait for the disk at the same time.
 _DELIVERIES = 32
 
-# Seconds for which the end waits for the mails to be counted.
+# Seconds to wait at the end for the count of the mails.
 _PATIENCE = 1
 
 
@@ -70,21 +70,21 @@ class _StorageError(Exception):
 
 
 class _NotStoredError(Exception):
-    """A mail has not been stored; the text is the reply to its sender."""
+    """A mail was not stored; the text is the reply to its sender."""
 
 
 class DsmtpdHandler:
-    """Shows each mail as one log line, and stores it when it has a Maildir; for any controller.
+    """Logs each mail as one line, and stores it if there is a Maildir; for any controller.
 
-    *maildir*: the path of a Maildir, which is created when it does not exist; None stores nothing.
-    *printer*: where each mail that is accepted is printed, too; None prints nothing.
-    Raises `OSError` when it cannot be one.
+    *maildir*: the path of a Maildir, which is created if it does not exist; None stores nothing.
+    *printer*: prints each accepted mail; None prints nothing.
+    Raises `OSError` when *maildir* cannot be a Maildir.
     """
 
     def __init__(
         self, maildir: str | os.PathLike[str] | None = None, printer: Printer | None = None
     ) -> None:
-        """Open the Maildir, when there is one."""
+        """Open the Maildir, if there is one."""
         self._printer = printer
         self.maildir = None if maildir is None else Maildir(maildir)
         self._path = "" if maildir is None else maildir
@@ -92,10 +92,10 @@ class DsmtpdHandler:
         self._workers = ThreadPoolExecutor(_DELIVERIES, "delivery")
 
     async def handle_DATA(self, server: object, session: Any, envelope: Envelope) -> str:  # noqa: ARG002
-        """Show the mail in *envelope*, store it, and return the reply.
+        """Log the mail in *envelope*, store it, and return the reply.
 
-        `250` means that the whole mail is in the Maildir. Trouble with the storage is temporary
-        (RFC 5321, section 4.2.1): the sender is to keep the mail and to try again.
+        `250` means that the whole mail is in the Maildir. Storage errors are temporary (RFC 5321,
+        section 4.2.1): the sender should keep the mail and try again.
         """
         message = Message.from_envelope(session.peer, envelope)
         _show(message)
@@ -110,25 +110,25 @@ class DsmtpdHandler:
         return "250 OK"
 
     async def handle_exception(self, error: Exception) -> str:
-        """Log *error*, which is our own fault, and tell the client nothing of it."""
+        """Log *error*, which is our own fault, without details for the client."""
         log.error("%s", printable(f"Internal error: {error!r}"))
         return "451 4.3.0 Internal error"
 
     async def _deliver(self, maildir: Maildir, message: Message) -> str:
-        """Store *message* in *maildir*, without blocking other sessions; return its file.
+        """Store *message* in *maildir* without blocking other sessions; return the file's path.
 
-        Raises `_NotStoredError` when it has none.
+        Raises `_NotStoredError`.
         """
         head = message.envelope_fields()
         if self._at_once and len(head) + len(message.content) <= _SMALL:
             return self._store(maildir, head, message.content)
-        # In a thread, for a slow disk must not block the other sessions; shielded, for what has
-        # been shown is to be stored even if the client does not wait for it.
+        # In a thread, since a slow disk must not block the other sessions; shielded, since a mail
+        # that was logged is stored even if the client does not wait for it.
         job = _Job(partial(self._store, maildir, head, message.content))
         try:
             self._workers.submit(job.run)
         except RuntimeError:
-            # No more threads can be had. The pool has queued the job all the same.
+            # The system grants no more threads. The pool has queued the job nevertheless.
             job.run()
         return await asyncio.shield(asyncio.wrap_future(job.result))
 
@@ -148,16 +148,16 @@ class DsmtpdHandler:
 
 
 class _Job:
-    """Work that is done once, by whoever runs it first, and is then forgotten with its mail."""
+    """Work that is done once, by whoever runs it first, and that then frees its mail."""
 
     def __init__(self, work: Callable[[], str]) -> None:
         self.result: Future[str] = Future()
         self._work = deque([work])
 
     def run(self) -> None:
-        """Do the work, unless it has begun already."""
+        """Do the work, unless somebody has begun it."""
         with suppress(IndexError):
-            work = self._work.pop()  # which only one thread can do
+            work = self._work.pop()  # succeeds in only one thread
             try:
                 self.result.set_result(work())
             except Exception as error:  # noqa: BLE001  # for whoever waits for the result
@@ -165,7 +165,7 @@ class _Job:
 
 
 def _show(message: Message) -> None:
-    """Log *message* in one line, and what other servers may not like in another."""
+    """Log *message* in one line, and what other servers may refuse in another."""
     summary = message.summary()
     log.info("%(peer)s: %(mail_from)s -> %(rcpttos)s [%(subject)s]", summary)
     if faults := message.faults():
@@ -177,9 +177,10 @@ def _show(message: Message) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv*, by default those of the process.
 
-    Returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, which the process then ignores, as it
-    is to end; 1 when it cannot listen, 2 when the arguments cannot be carried out. `--help` and
-    `--version` raise `SystemExit`.
+    Returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, 1 when it cannot listen, 2 for
+    arguments that it cannot carry out, else that of the command after `--`. From the first of these
+    signals on, the process ignores them, as it is about to end. `--help` and `--version` raise
+    `SystemExit`.
     """
     logs.configure()
     try:
@@ -199,10 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Options) -> int:
-    """Serve clients until a signal asks to stop, or the command has ended; return the exit code.
+    """Serve clients until a signal comes or the command ends; return the exit code.
 
-    What may take long, as a folder or a resolver does, comes first: there, a signal ends the
-    process at once.
+    Whatever may take long, such as a slow folder or a resolver, comes first, while a signal still
+    ends the process at once.
     """
     files = _raise_file_limit()
     printer = _printer(options)
@@ -217,7 +218,7 @@ def _serve(options: Options) -> int:
             signals.blocked(*(command.PASSED_ON if options.command else ())) as held,
             printer or nullcontext(),
             listener,
-            # Not before it listens: the clients of another dsmtpd may need the file.
+            # Only once it listens: until then, the file may belong to another running dsmtpd.
             ca_file(listener.ca, options.tls_ca) as ca,
         ):
             announcing = _begin(partial(_announce, options, listener, ca))
@@ -228,9 +229,9 @@ def _serve(options: Options) -> int:
             logs.hurry()
         _join(announcing, options)
     except StopError as error:
-        log.error("%s", printable(f"{error}: dsmtpd does not wait for the disk any longer"))
+        log.error("%s", printable(f"{error}: dsmtpd no longer waits for the disk"))
         log.info("Cleaning up")
-        os._exit(code)  # Python itself would wait.
+        os._exit(code)  # Python would wait for the threads.
     return code
 
 
@@ -238,11 +239,11 @@ def _join(announcing: Thread | None, options: Options) -> None:
     if announcing is not None:
         announcing.join(_PATIENCE)
         if announcing.is_alive():
-            raise StopError(f"The mails in {options.directory} have not been counted")
+            raise StopError(f"The mails in {options.directory} could not be counted in time")
 
 
 def _variables(options: Options, listener: Listener, ca: str | None) -> dict[str, str]:
-    """Return how a command finds the server."""
+    """Return the variables through which a command finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.host, listener.host)  # noqa: S104
     variables = {"DSMTPD_HOST": host, "DSMTPD_PORT": str(listener.port)}
     if options.directory is not None:
@@ -261,7 +262,7 @@ def _printer(options: Options) -> Printer | None:
 
 
 def _begin(work: Callable[[], None]) -> Thread | None:
-    """Begin *work* in a thread, and return that; where the system grants none, do it at once."""
+    """Begin *work* in a thread, and return the thread; if the system grants none, do it now."""
     thread = Thread(target=work, daemon=True)
     try:
         thread.start()
@@ -272,9 +273,9 @@ def _begin(work: Callable[[], None]) -> Thread | None:
 
 
 def _raise_file_limit() -> tuple[int, int] | None:
-    """Have the system let this process open as many files as it may; each client takes one.
+    """Raise the limit of open files as far as the system allows; each client needs one.
 
-    Return the limits of before; Windows has none.
+    Return the previous limits; Windows has none.
     """
     if sys.platform == "win32":
         return None
@@ -290,7 +291,7 @@ def _raise_file_limit() -> tuple[int, int] | None:
 
 @contextmanager
 def _storage(directory: str | None) -> Iterator[None]:
-    """Turn what is wrong with *directory* into an error that says so."""
+    """Turn an `OSError` about *directory* into an error that names it."""
     try:
         yield
     except OSError as error:
@@ -299,7 +300,7 @@ def _storage(directory: str | None) -> Iterator[None]:
 
 
 def _announce(options: Options, listener: Listener, ca: str | None) -> None:
-    """Log that the server listens, what it shows to clients, and what it does with mails."""
+    """Log that the server listens, which certificate it uses, and where it stores mails."""
     address = endpoint((options.interface, listener.port))
     log.info(
         "Starting dsmtpd %s at %s size limit %s", __version__, address, options.max_size or None
@@ -315,7 +316,7 @@ def _announce(options: Options, listener: Listener, ca: str | None) -> None:
     if options.directory is None:
         return
     try:
-        # Not before it listens: a hundred thousand mails take as long as the start.
+        # Only once it listens: counting a hundred thousand mails takes as long as the start.
         if mails := count_mails(options.directory):
             log.info("Found a Maildir storage with %d mails", mails)
     except OSError as error:
@@ -325,7 +326,7 @@ def _announce(options: Options, listener: Listener, ca: str | None) -> None:
 
 
 def _reason(maildir: str | os.PathLike[str], error: OSError) -> str:
-    """Return what caused *error*, and where, unless that is *maildir* itself."""
+    """Return the cause of *error*, with its path unless that is *maildir* itself."""
     path = error.filename2 or error.filename or maildir
     is_maildir_itself = os.path.abspath(path) == os.path.abspath(maildir)  # noqa: PTH100
     where = "" if is_maildir_itself else f" ({path})"

@@ -1,4 +1,4 @@
-"""What AUTH asks, and who the answers say it is (RFC 4954); any password will do."""
+"""The mechanisms of AUTH: they ask for a name and accept any password (RFC 4954)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    # Yields challenges, is sent the responses, and returns the name that has logged in.
+    # Yields challenges, receives the responses, and returns the name that has logged in.
     Exchange = Generator[bytes, bytes, str]
 
-# RFC 4954, section 4: the longest line of an exchange, the command's included.
+# RFC 4954, section 4: the longest line of an exchange, including the command.
 LINE_OCTETS = 12288
 
 # The digest is in hexadecimal; whatever else comes may be a password.
 _CRAM_MD5 = re.compile(rb"([^\0]*) [0-9A-Fa-f]{32}")
 
-# RFC 5801, section 4: of a GS2 header, the authorization identity.
+# RFC 5801, section 4: the authorization identity in a GS2 header.
 _GS2_HEADER = re.compile(rb"[ny],(?:a=([^,]*))?,")
 
-# Who logs in without a name.
+# The user who logs in without a name.
 _NOBODY = "(no name)"
 
 
@@ -35,18 +35,18 @@ def _plain() -> Exchange:
     try:
         _, name, _ = (yield b"").split(b"\0")
     except ValueError:
-        raise AuthError("501 5.5.2 PLAIN takes three values") from None
+        raise AuthError("501 5.5.2 PLAIN needs three values") from None
     return _text(name)
 
 
 def _login() -> Exchange:
     """Ask for the name, then for the password (draft-murchison-sasl-login-00)."""
-    # What all servers ask, and some clients look for, instead of the draft's "User Name".
+    # All servers ask this, and some clients look for it, instead of the draft's "User Name".
     name = yield b"Username:"
     yield b"Password:"
     if b"\0" in name:
-        # It is what PLAIN takes, with a password that the log would show.
-        raise AuthError("501 5.5.2 LOGIN takes a name without NUL")
+        # This is a response to PLAIN, with a password that the log would show.
+        raise AuthError("501 5.5.2 LOGIN needs a name without NUL")
     return _text(name)
 
 
@@ -54,7 +54,7 @@ def _cram_md5() -> Exchange:
     """Ask for the name, and a digest of the challenge and the password (RFC 2195, section 2)."""
     match = _CRAM_MD5.fullmatch((yield b"<1.1@dsmtpd>"))
     if match is None:
-        raise AuthError("501 5.5.2 CRAM-MD5 takes a name and a digest")
+        raise AuthError("501 5.5.2 CRAM-MD5 needs a name and a digest")
     return _text(match[1])
 
 
@@ -62,7 +62,7 @@ def _oauthbearer() -> Exchange:
     """Ask for the name, if there is one, and a token (RFC 7628, section 3.1)."""
     header = _GS2_HEADER.match((yield b""))
     if header is None:
-        raise AuthError("501 5.5.2 OAUTHBEARER takes a GS2 header and a token")
+        raise AuthError("501 5.5.2 OAUTHBEARER needs a GS2 header and a token")
     return _text((header[1] or b"").replace(b"=2C", b",").replace(b"=3D", b"="))
 
 
@@ -83,14 +83,14 @@ MECHANISMS: dict[str, Callable[[], Exchange]] = {
     "XOAUTH2": _xoauth2,
     "CRAM-MD5": _cram_md5,
 }
-# smtplib would prefer CRAM-MD5, and a client without a token chooses neither of OAuth's.
+# smtplib would prefer CRAM-MD5; a client without a token chooses neither of the OAuth ones.
 OFFERED = ("PLAIN", "LOGIN", "OAUTHBEARER", "XOAUTH2")
 
 
 def decode(response: bytes) -> bytes:
-    """Return what the client says by *response*, where `=` stands for nothing (section 4).
+    """Decode a client's *response*; `=` alone is an empty one (RFC 4954, section 4).
 
-    Raises `AuthError` when that cancels the exchange, is too long or is no base64.
+    Raises `AuthError` when it cancels the exchange, is too long or is not base64.
     """
     if len(response) > LINE_OCTETS:
         raise AuthError("500 5.5.6 Authentication Exchange line is too long")

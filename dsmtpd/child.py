@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 # The exit code of a process that a signal has ended is this and the signal's number, as in shells.
 _ENDED_BY = 128
 
-# Python ignores the first two, and who started dsmtpd perhaps the third: no command expects that.
+# Python ignores the first two, and dsmtpd may have been started with the third ignored: commands
+# expect the default.
 _DEFAULT = signals.named("SIGPIPE", "SIGXFSZ", "SIGCHLD")
 
-# What a terminal sends when keys are pressed.
+# Signals that a terminal sends when keys are pressed.
 _TYPED = signals.named("SIGINT", "SIGQUIT")
 
 
@@ -39,13 +40,13 @@ def run(
 ) -> int:
     """Run *command* in *environment*; return its exit code, as shells do.
 
-    The *blocked* signals are passed on to it: it decides whether to end. It starts with no signal
-    blocked, and with *files* as its limits of open files. Raises `OSError` when it cannot be run,
-    and `RuntimeError` when there is no thread to wait for it.
+    The *blocked* signals are passed on to it, and it decides whether to end. It starts with no
+    signal blocked, and with *files* as its limits of open files. Raises `OSError` when it cannot be
+    run, and `RuntimeError` when there is no thread to wait for it.
     """
-    # Its end comes as a signal like the others, so that none of them is missed.
+    # Its end comes as a signal like the others, so one wait catches them all.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    # While it is ignored, no end can be awaited, and some systems drop what nobody handles.
+    # While SIGCHLD is ignored, no end can be awaited; some systems drop it unless it is handled.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         with _file_limits(files):
@@ -68,7 +69,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str]) -> int:
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-        # A script without a first line that names its shell.
+        # A script whose first line names no shell.
         return _spawn(["sh", shutil.which(command[0]) or command[0], *command[1:]], environment)
 
 
@@ -78,7 +79,7 @@ def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 @contextmanager
 def _file_limits(limits: tuple[int, int] | None) -> Iterator[None]:
-    """Give what is started meanwhile these *limits* of open files; None changes nothing."""
+    """Start processes with these *limits* of open files; None changes nothing."""
     ours = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, limits or ours)
     try:
@@ -88,9 +89,9 @@ def _file_limits(limits: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _watch(process: int, ended: SimpleQueue[int], thread: int) -> None:
-    """Wait for the end of *process*, and tell it to a *thread*.
+    """Wait for the end of *process*, and signal it to *thread*.
 
-    The system's own SIGCHLD may go to a thread that does not block it, and be lost.
+    The system's own SIGCHLD may go to a thread that does not block it, and get lost.
     """
     _, status = os.waitpid(process, 0)
     ended.put(os.waitstatus_to_exitcode(status))
@@ -106,13 +107,13 @@ def _attend(process: int, awaited: Collection[int], ended: SimpleQueue[int]) -> 
             return code if code >= 0 else _ENDED_BY - code
         if number != signal.SIGCHLD:
             with suppress(OSError):  # It has just ended, or runs as another user.
-                # A terminal has sent it to all processes of the group in its foreground.
+                # A terminal sends it to every process in its foreground group.
                 has_it = is_typed and os.getpgid(process) == os.getpgrp()
                 os.kill(process, 0 if has_it else number)  # 0 does nothing.
 
 
 def _wait(awaited: Collection[int]) -> tuple[int, bool]:
-    """Wait for a signal; return it, and whether a terminal has sent it, as by Ctrl+C."""
+    """Wait for a signal; return it, and whether a terminal sent it, as for Ctrl+C."""
     if hasattr(signal, "sigwaitinfo"):
         info = signal.sigwaitinfo(awaited)
         return info.si_signo, info.si_signo in _TYPED and info.si_code > 0  # not by a process

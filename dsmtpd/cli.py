@@ -17,41 +17,41 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 USAGE = """\
-dsmtpd takes every mail, shows it as one line, and never sends any.
+dsmtpd accepts every mail, logs it as one line, and never sends any.
 
 Usage:
   dsmtpd [options] [--fail RULE]...
 
-Add -- COMMAND [ARG...] to run a command once dsmtpd listens, and to end with it and with its
-exit code. DSMTPD_HOST, DSMTPD_PORT, DSMTPD_DIRECTORY and DSMTPD_TLS_CA tell it of the server.
+Add -- COMMAND [ARG...] to run a command while dsmtpd listens, and to exit with its exit code.
+It finds the server through DSMTPD_HOST, DSMTPD_PORT, DSMTPD_DIRECTORY and DSMTPD_TLS_CA.
 
 Options:
-  -p PORT, --port PORT        Listen on this port; 0 takes a free one [default: 1025].
+  -p PORT, --port PORT        Listen on this port; 0 picks a free one [default: 1025].
   -i NAME, --interface NAME   Listen on this address or host name [default: 127.0.0.1].
-  -d DIR, --directory DIR     Store the mails in this Maildir, which is made if need be;
-                              without it, nothing is stored.
+  -d DIR, --directory DIR     Store the mails in this Maildir, which is created if it is
+                              missing; without -d, nothing is stored.
   --print FORM                Print each mail on stdout, as text or as json.
-  --fail RULE                 Have replies fail: STAGE:CODE[:PATTERN][:TIMES], where STAGE is
-                              connect, auth, mail, rcpt or data, and CODE 400 to 599, drop
-                              or delay=SECONDS. May be given several times.
+  --fail RULE                 Make replies fail: STAGE:CODE[:PATTERN][:TIMES], where STAGE is
+                              connect, auth, mail, rcpt or data, and CODE is 400 to 599,
+                              drop or delay=SECONDS. May be given several times.
   -v, --verbose               Log the whole SMTP dialogue, without passwords.
-  -s BYTES, --max-size BYTES  Take no larger message; 0 takes any [default: 33554432].
+  -s BYTES, --max-size BYTES  Refuse larger messages; 0 sets no limit [default: 33554432].
   --disable-smtputf8          Do not offer SMTPUTF8, and refuse non-ASCII addresses.
   --disable-auth              Do not offer AUTH, and refuse it.
   --tls WAY                   Speak TLS: starttls offers STARTTLS, implicit begins with TLS.
-  --tls-cert FILE             Show this certificate (PEM); without it, one is made, which
-                              needs dsmtpd[tls].
-  --tls-key FILE              The private key of the certificate (PEM), if it is not in the
-                              same file.
-  --tls-ca FILE               Write the CA of a made certificate to this file; without it,
-                              to a temporary one.
+  --tls-cert FILE             Use this certificate (PEM); without it, one is generated,
+                              which needs trustme to be installed.
+  --tls-key FILE              The certificate's private key (PEM), if it is not in the same
+                              file.
+  --tls-ca FILE               Write the generated certificate's CA to this file; without
+                              it, to a temporary file.
   --version                   Print the version and exit.
   -h, --help                  Print this text and exit.
 """
 
 _POINTER = "(see dsmtpd --help)"
 
-# Options that mean nothing without another one.
+# Options that make no sense without another one.
 _NEEDS = {"--tls-cert": "--tls", "--tls-key": "--tls-cert", "--tls-ca": "--tls"}
 
 # RFC 1870, section 4: a size has at most 20 digits.
@@ -59,13 +59,13 @@ _NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 class UsageError(Exception):
-    """A command line that cannot be carried out; the text names the option and its value."""
+    """A command line that makes no sense; the text names the option and its value."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    """Return what *argv*, by default the arguments of this process, asks for.
+    """Return the options in *argv*, by default the arguments of this process.
 
-    `--help` and `--version` print and end the process, which is docopt's way: `SystemExit`.
+    `--help` and `--version` print and raise `SystemExit`, as docopt does.
 
     Raises `UsageError` for an argument that is unknown, given twice, incomplete or out of range.
     """
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
-    """Return our arguments in *argv*, and the command after `--`, None when there is no `--`."""
+    """Split *argv* into our arguments and the command after `--`, which is None without a `--`."""
     if "--" not in argv:
         return argv, None
     end = argv.index("--")
@@ -92,7 +92,7 @@ def _options(arguments: dict[str, Any], command: list[str] | None) -> Options:
         if arguments[option] is not None and arguments[needed] is None:
             raise UsageError(f"{option} needs {needed}")
     if arguments["--tls-ca"] is not None and arguments["--tls-cert"] is not None:
-        raise UsageError("--tls-ca: A CA is made only without --tls-cert")
+        raise UsageError("--tls-ca makes no sense with --tls-cert")
     return Options(
         interface=_text("--interface", arguments["--interface"], "a host"),
         port=_number("--port", arguments["--port"], "a port from 0 to 65535", 65535),
@@ -116,20 +116,20 @@ def _parse(argv: list[str]) -> dict[str, Any]:
         try:
             return docopt(USAGE, argv, version=__version__)
         finally:
-            print(end="", flush=True)  # noqa: T201  # learn whether docopt's text can be written
+            print(end="", flush=True)  # noqa: T201  # fails if docopt's text cannot be written
     except DocoptExit as error:
         raise UsageError(f"{_complaint(error, argv)} {_POINTER}") from None
     except OSError as error:
-        # Python would fail on it once more at its exit.
+        # Python would fail on it again at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise UsageError(f"Cannot print: {error.strerror}") from None
 
 
 def _complaint(error: DocoptExit, argv: list[str]) -> str:
-    """Tell in one line what docopt dislikes about *argv*.
+    """Return in one line what docopt dislikes about *argv*.
 
-    docopt names an option that lacks its value, or has one too many. It does not name an argument
-    that it has no place for: that is the one behind the longest beginning that it can parse.
+    docopt names an option whose value is missing or not allowed. It does not name an argument that
+    it does not expect: that is the one after the longest beginning that it can parse.
     """
     line = str(error).partition("\n")[0]
     if line.startswith("-"):
@@ -139,12 +139,12 @@ def _complaint(error: DocoptExit, argv: list[str]) -> str:
 
 
 def _hint(option: str) -> str:
-    """Return which option a mistyped *option* is like."""
+    """Suggest the option that a mistyped *option* resembles."""
     from difflib import get_close_matches  # noqa: PLC0415  # slow to import
 
     options = re.findall(r"--[a-z0-9-]+", USAGE)
     meant = [] if option in options else get_close_matches(option, options, 1)
-    return "".join(f"; perhaps {name} was meant" for name in meant)
+    return "".join(f"; did you mean {name}?" for name in meant)
 
 
 def _can_parse(argv: list[str]) -> bool:
@@ -156,7 +156,7 @@ def _can_parse(argv: list[str]) -> bool:
 
 
 def _text(option: str, value: str, wanted: str) -> str:
-    # To the system an empty host means every interface, which an unset variable must not open.
+    # To the system, an empty host means every interface: an unset variable must not open that.
     if not value:
         raise UsageError(f"{option}: '' is not {wanted}")
     return value

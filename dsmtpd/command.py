@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # The exit codes of shells for a command that is not found, and for one that cannot be run.
 _NOT_FOUND, _NOT_RUN = 127, 126
 
-# All that would end dsmtpd, but not the command, is passed on. The other signals cannot be blocked,
-# stop a process, are only news to it, or come from its own faults.
+# Every signal that would end dsmtpd but not the command is passed on. The others cannot be blocked,
+# stop a process, merely inform it, or come from its own faults.
 PASSED_ON = signal.valid_signals() - signals.named(
     *("SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU"),
     *("SIGCONT", "SIGCHLD", "SIGURG", "SIGWINCH", "SIGINFO"),
@@ -43,15 +43,15 @@ def run(
 ) -> int:
     """Run *command* with *variables*, whose names begin with `DSMTPD_`; return its exit code.
 
-    The *blocked* signals are passed on to it, and then ignored; *files* are its limits of open
-    files, where the system has such. Raises `CommandError`.
+    The *blocked* signals are passed on to it, and ignored once it has ended. *files*: its limits of
+    open files, if the system has any. Raises `CommandError`.
     """
     others = {name: value for name, value in os.environ.items() if not name.startswith("DSMTPD_")}
     environment = {**others, **variables}
     try:
         if sys.platform == "win32" or not hasattr(os, "posix_spawnp"):
             return _call(command, environment)
-        from dsmtpd import child  # noqa: PLC0415  # for POSIX alone
+        from dsmtpd import child  # noqa: PLC0415  # POSIX only
 
         return child.run(command, environment, blocked, files)
     except OSError as error:
@@ -64,6 +64,6 @@ def run(
 
 
 def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run *command* on Windows, whose consoles pass Ctrl+C on to all that runs in them."""
-    program = shutil.which(command[0]) or command[0]  # also a .cmd
+    """Run *command* on Windows, where a console sends Ctrl+C to all its processes."""
+    program = shutil.which(command[0]) or command[0]  # finds a .cmd, too
     return subprocess.call([program, *command[1:]], env=environment)  # noqa: S603

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__package__)
 
-# The most that is read from a socket at once, and the most that waits to be dealt with: beyond, the
-# client has to wait. In octets.
+# How many octets are read from a socket at once, and how many may be waiting to be handled before
+# the client has to wait.
 _INPUT_OCTETS = 64 * 1024
 _UNREAD_OCTETS = 64 * 1024
 
-# After this many actions, or seconds, it is the turn of the other connections. Up to there, the
-# replies to commands that came together go together (RFC 2920, section 3.2).
+# After this many actions or seconds, the other connections have their turn. Within a turn, the
+# replies to commands that came together are sent together (RFC 2920, section 3.2).
 _ACTIONS = 64
 _TURN = 0.01
 
 # Seconds without an octet after which a client is cut (RFC 5321, section 4.5.3.2.7).
 _PATIENCE = 300
 
-# Seconds for a handshake: a client that waits for a greeting in plain text learns of its mistake.
+# Seconds for a handshake: a client that waits for a plain-text greeting soon learns its mistake.
 _HANDSHAKE_PATIENCE = 10
 
 _LEFT = "the client left; perhaps it speaks plain text, or does not trust the certificate"
@@ -60,15 +60,15 @@ class Service:
     reply to a mail, as aiosmtpd defines it, and perhaps `handle_exception(error)`. *options* say
     what to offer.
 
-    *ca*: the certificate in PEM of the CA that clients may trust, if it has been made for TLS.
+    *ca*: the certificate in PEM of the CA that clients may trust, if one was generated for TLS.
     *verbose*: whether the dialogue is logged.
     *failures*: which replies are to fail.
-    *clients*: the connections that are open, or that have a delivery under way.
-    *input*: the buffer for what arrives.
+    *clients*: the connections that are open or have a delivery in progress.
+    *input*: the buffer that sockets are read into.
     """
 
     def __init__(self, handler: Any, options: Options) -> None:
-        """Serve nobody yet; raises `TLSError` when there is no certificate for TLS."""
+        """Load the certificate; raises `TLSError` when there is none for TLS."""
         self.handler = handler
         self.context, self.ca = tls.certificate(options)
         self.offer = Offer(
@@ -87,7 +87,7 @@ class Service:
         self._outbox: list[Connection] = []
 
     def ask(self, session: Session, stage: Stage, subject: str) -> Failure | None:
-        """Return how a reply to the client of *session* is to fail, or None when it is not to."""
+        """Return how a reply to the client of *session* must fail, or None if it must not."""
         if stage == "connect":
             # Without its port; that of a Unix socket has none.
             subject = endpoint(session.peer).rpartition(":")[0].strip("[]")
@@ -96,8 +96,8 @@ class Service:
     def post(self, client: Connection) -> None:
         """Have *client* flush its replies: at once when it is the only one, else with the others.
 
-        A client that is woken by each reply takes the processor from the mails of the others: worth
-        22 % with ten sessions, and to write at once 11 % with one.
+        A client that each reply wakes takes the processor from the mails of the others: waiting is
+        worth 22 % with ten sessions, and writing at once 11 % with one.
         """
         if len(self.clients) == 1:
             client.flush()
@@ -112,12 +112,12 @@ class Service:
             client.flush()
 
     async def hang_up(self) -> None:
-        """End all sessions, and wait for the deliveries that have begun."""
+        """End all sessions, and wait for the deliveries in progress."""
         await asyncio.gather(*(client.hang_up() for client in self.clients))
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection, which a stopping server can end without losing a mail that it has received."""
+    """A connection that a stopping server can end without losing a received mail."""
 
     def __init__(self, service: Service) -> None:
         """Wait for the connection to be made."""
@@ -129,15 +129,15 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._transport: asyncio.Transport | None = None
         self._tls: tls.Layer | None = None
-        self._replies = b""  # which have not been written yet
+        self._replies = b""  # not written yet
         self._delivery: asyncio.Task[None] | None = None
-        self._turn: asyncio.Handle | None = None  # in which to go on
+        self._turn: asyncio.Handle | None = None  # to go on in
         self._clock: asyncio.TimerHandle | None = None
         self._heard = 0.0  # when the client was last heard of
         self._is_blocked = False  # The client does not read.
         self._is_full = False  # We do not read.
-        self._is_delayed = False  # We wait, as that has been asked for.
-        self._is_ending = False  # We end the session: the server stops, or has failed.
+        self._is_delayed = False  # A rule of --fail makes us wait.
+        self._is_ending = False  # The server stops, or has failed.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet the client."""
@@ -151,18 +151,18 @@ class Connection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  # asyncio's
         """Return the buffer that all connections share.
 
-        asyncio's other protocols get each command in 256 KiB of fresh memory, which takes 13 % more
-        processor time for a mail.
+        With asyncio's other protocols, each command comes in 256 KiB of fresh memory, which costs
+        13 % more processor time per mail.
         """
         return self._service.input
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Receive what has come, and answer it."""
+        """Handle what has come."""
         self._heard = self._loop.time()
         self._proceed(nbytes)
 
     def eof_received(self) -> bool:
-        """Stay open for the replies to what the client sent before its end."""
+        """Stay open to reply to what the client sent before it closed its half."""
         if self._is_shaking_hands:
             self._fail(_LEFT)
         else:
@@ -171,13 +171,13 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's
-        """Forget the client, but for a delivery that is under way."""
+        """Forget the client, except for a delivery in progress."""
         if self._is_shaking_hands and not self._is_ending:
             self._fail(_LEFT)
         for handle in (self._clock, self._turn):
             if handle is not None:
                 handle.cancel()
-        # Nothing is to stay alive until the next garbage collection.
+        # Break the cycles, so nothing lives until the next garbage collection.
         self._clock = self._turn = None
         self._is_blocked = False
         self._conversation.lost()
@@ -197,7 +197,7 @@ class Connection(asyncio.BufferedProtocol):
         self._proceed()
 
     def _proceed(self, received: int = 0) -> None:
-        """Do what the conversation wants, as far as that can be done now.
+        """Do what the conversation wants, as far as possible now.
 
         *received*: how many octets in the buffer are new.
         """
@@ -206,9 +206,9 @@ class Connection(asyncio.BufferedProtocol):
                 self._receive(received)
             if self._turn is None:
                 self._act()
-        except Exception as error:  # noqa: BLE001  # the rest of a mail must not become commands
+        except Exception as error:  # noqa: BLE001  # the rest of a mail must never be read as commands
             self._is_ending = True
-            self._conversation.lost()  # which frees what a mail has taken
+            self._conversation.lost()  # frees the memory of a mail
             log.error("%s", printable(f"Internal error: {error!r}"))
             self._cut("421 4.3.0 Internal error")
 
@@ -219,7 +219,7 @@ class Connection(asyncio.BufferedProtocol):
             self._conversation.receive(plain)
 
     def _act(self) -> None:
-        """Do a few things; leave more of them to another turn."""
+        """Do a limited number of actions; leave the rest to another turn."""
         end = time.monotonic() + _TURN
         for _ in takewhile(lambda _: time.monotonic() < end, range(_ACTIONS)):
             if self._is_blocked or self._is_ending or self._is_delayed:
@@ -272,7 +272,7 @@ class Connection(asyncio.BufferedProtocol):
             self._close()
 
     async def _deliver(self, mail: Mail) -> None:
-        """Hand *mail* to the handler, and tell the client what that replies."""
+        """Hand *mail* to the handler, and send its reply to the client."""
         envelope = Envelope()
         envelope.mail_from = mail.reverse_path.address
         envelope.mail_options = mail.reverse_path.options
@@ -286,13 +286,13 @@ class Connection(asyncio.BufferedProtocol):
             self._session.authenticated = True
             self._session.auth_data = self._conversation.user  # type: ignore[assignment]  # any
         handler = self._service.handler
-        reply = "421 4.3.0 Internal error"  # also when the handler lets itself be cancelled
+        reply = "421 4.3.0 Internal error"  # also when the handler is cancelled
         try:
             reply = str(await handler.handle_DATA(self, self._session, envelope))
-        except Exception as error:  # noqa: BLE001  # the handler's own, which may be any
+        except Exception as error:  # noqa: BLE001  # a handler may raise anything
             try:
                 reply = str(await handler.handle_exception(error))
-            except Exception as another:  # noqa: BLE001  # likewise, or there is no such method
+            except Exception as another:  # noqa: BLE001  # likewise, or the method is missing
                 log.error("%s", printable(f"Internal error: {error!r}, then {another!r}"))
         finally:
             self._delivery = None
@@ -300,13 +300,13 @@ class Connection(asyncio.BufferedProtocol):
                 self._service.clients.discard(self)
             self._heard = self._loop.time()
             self._conversation.delivered(reply)
-            # Also to a client on which the server is about to hang up.
+            # Even if the server is about to hang up on the client.
             if action := self._conversation.next_action():
                 self._perform(action)
             self._proceed()
 
     def flush(self) -> None:
-        """Write the replies that wait."""
+        """Write the pending replies."""
         replies, self._replies = self._replies, b""
         if replies and self._tls is not None:
             self._tls.send(replies)
@@ -328,7 +328,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._tls is not None and self._tls.cipher is None
 
     def _decrypt(self, layer: tls.Layer, octets: bytes) -> bytes:
-        """Return the plain text of *octets*; also shake hands."""
+        """Return the plain text of *octets*, which may be a handshake instead."""
         was_shaking_hands = layer.cipher is None
         try:
             plain = layer.receive(octets)
@@ -357,7 +357,7 @@ class Connection(asyncio.BufferedProtocol):
         self._cut()
 
     def _close(self) -> None:
-        """Close the connection when everything is sent."""
+        """Close the connection once everything is sent."""
         self.flush()
         if self._tls is not None:
             self._tls.close()
@@ -365,7 +365,7 @@ class Connection(asyncio.BufferedProtocol):
         cast("asyncio.Transport", self._transport).close()
 
     def _cut(self, reply: str = "") -> None:
-        """Send a last *reply*, if the client reads it, and end the connection."""
+        """Send a last *reply*, if the client can read it, and end the connection."""
         if self._transport is None:
             return
         if reply and not (self._is_shaking_hands or self._transport.is_closing()):
@@ -374,10 +374,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     async def hang_up(self) -> None:
-        """End the session, after the reply to a delivery that has begun.
+        """End the session with a 421 (RFC 5321, section 3.8), after a delivery in progress.
 
-        The client is told by a 421 (RFC 5321, section 3.8). One that does not read is not
-        waited for.
+        Do not wait for a client that does not read.
         """
         self._is_ending = True
         if self._delivery is not None:

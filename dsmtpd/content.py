@@ -1,4 +1,4 @@
-"""What a mail says to its reader: fields, bodies, links and attachments, decoded."""
+"""The contents of a mail for its reader: fields, bodies, links and attachments, decoded."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from email.message import Message
 
-# A URL in a text ends at what no URL holds (RFC 3986, section 2), and before the punctuation of the
-# sentence.
+# A URL in a text ends before a character that no URL contains (RFC 3986, section 2), and before the
+# punctuation of the sentence.
 _URL = re.compile(r"https?://[^\s<>\"`{}|\\^]+", re.IGNORECASE)
 _PUNCTUATION = ".,;:!?'*_"
 _BRACKETS = {")": "(", "]": "["}
 
-# What is no link to follow: places in the mail itself, and other ways to reach people.
+# Targets that are not links to follow: places in the mail itself, and ways to contact people.
 _NO_LINK = re.compile(r"#|mailto:|tel:|sms:", re.IGNORECASE)
 
-# HTML: what begins a line, what has an empty line around it, and what is not shown.
+# HTML elements that begin a line, that have an empty line around them, and that are not shown.
 _LINES = {"address", "dd", "div", "dt", "figure", "footer", "form", "header", "li", "section", "tr"}
 _PARAGRAPHS = {"blockquote", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "ol", "p", "pre"}
 _PARAGRAPHS |= {"table", "ul"}
 _HIDDEN = {"script", "style", "template", "title"}
 _SPACES = re.compile(r"[ \t\n\r\f]+")
 
-# HTML beyond so many characters is not looked at: Python's parser can be quadratic.
+# At most this many characters of HTML are read: Python's parser can be quadratic.
 _HTML = 1024 * 1024
 
 
 class Attachment(NamedTuple):
     """A part of a mail that is neither its text nor its HTML.
 
-    *name*: that of the file, empty when it has none. *type*: as in `image/png` (RFC 2046).
+    *name*: the file name, empty if there is none. *type*: as in `image/png` (RFC 2046).
     *content*: its octets, decoded.
     """
 
@@ -47,12 +47,11 @@ class Attachment(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a mail says; nothing that a mail holds makes reading it fail.
+    """The contents of a mail; no mail makes reading them fail.
 
-    *fields*: the header's names and values, unfolded and decoded, in their order.
-    *text*, *html*: the first body of each kind, with LF at the ends of lines; empty when there is
-    none.
-    *attachments*: all other parts, shown inline or not.
+    *fields*: the header's names and values, unfolded and decoded, in order.
+    *text*, *html*: the first body of each kind, with LF as the line end; empty if there is none.
+    *attachments*: all other parts, inline or not.
     """
 
     fields: tuple[tuple[str, str], ...]
@@ -65,7 +64,7 @@ class Content(NamedTuple):
         """Read the mail in *octets*, with any line ends."""
         try:
             return cls._of(_parser.parsebytes(octets))
-        except RecursionError:  # parts in parts in parts, as no mail program writes them
+        except RecursionError:  # far more nested parts than any mail program writes
             return cls._of(_parser.parsebytes(octets, headersonly=True))
 
     @classmethod
@@ -76,26 +75,26 @@ class Content(NamedTuple):
         return cls(fields, text, html, tuple(map(_attachment, parts)))
 
     def field(self, name: str) -> str:
-        """Return the values of the fields of that *name*, joined by commas."""
+        """Return the values of all fields called *name*, joined by commas."""
         return ", ".join(value for key, value in self.fields if key.lower() == name.lower())
 
     @property
     def subject(self) -> str:
-        """The first Subject; empty when there is none."""
+        """The first Subject; empty if there is none."""
         return next((value for name, value in self.fields if name.lower() == "subject"), "")
 
     @property
     def links(self) -> tuple[str, ...]:
-        """The URLs in the text and what the HTML links to, each once, in their order."""
+        """The URLs in the text and the targets of links in the HTML, each once, in order."""
         return tuple(dict.fromkeys([*_urls(self.text), *Reader(self.html).links]))
 
     def readable(self) -> str:
-        """Return the text, or the HTML as a text in which links are shown."""
+        """Return the text, or if there is none the HTML as a text that shows its links."""
         return self.text or Reader(self.html).text
 
 
 class _AsSent(Compat32):
-    """Has a message return the values of its fields as they are; we decode them."""
+    """Makes a message return the raw values of its fields; we decode them."""
 
     def header_fetch_parse(self, name: str, value: str) -> str:  # noqa: ARG002  # its signature
         return value
@@ -109,7 +108,7 @@ def _value(value: str) -> str:
 
 
 def _parts(mail: Message) -> Iterator[Message]:
-    """Yield the parts of *mail* that hold something; what it forwards is one of them."""
+    """Yield the parts of *mail* that are not multipart; a forwarded message is one part."""
     if mail.get_content_maintype() == "multipart" and mail.is_multipart():
         for part in _inner(mail):
             yield from _parts(part)
@@ -152,7 +151,7 @@ def _attachment(part: Message) -> Attachment:
 
 
 def _urls(text: str) -> Iterator[str]:
-    """Yield the URLs in a *text*, without the punctuation of the sentence that they stand in."""
+    """Yield the URLs in a *text*, without the punctuation around them."""
     for match in _URL.finditer(text):
         url = match[0].rstrip(_PUNCTUATION)
         while url[-1:] in _BRACKETS and url.count(url[-1]) > url.count(_BRACKETS[url[-1]]):
@@ -161,18 +160,18 @@ def _urls(text: str) -> Iterator[str]:
 
 
 class Reader(HTMLParser):
-    """Reads HTML as a text.
+    """Turns HTML into text.
 
-    *text*: what it says, with the target after each link.
-    *links*: what it links to, each once, in their order.
+    *text*: the text, with the target after each link.
+    *links*: the targets of the links, each once, in order.
     """
 
     def __init__(self, html: str) -> None:
-        """Read *html*, whatever is wrong with it."""
+        """Read *html*, however broken."""
         super().__init__()
         self._pieces: list[str] = []
         self._newlines = 2  # at the end of what has been read
-        self._links: list[tuple[str, int]] = []  # that are open, and at which piece they begin
+        self._links: list[tuple[str, int]] = []  # open ones, and at which piece they begin
         self._hidden = self._preformatted = 0  # how many such elements are open
         self._found: dict[str, None] = {}
         self.feed(html[:_HTML])
@@ -228,7 +227,7 @@ class Reader(HTMLParser):
             self._newlines = len(text) - len(text.rstrip("\n"))
 
     def _break(self, tag: str) -> None:
-        """End the line, or the paragraph, where *tag* does that."""
+        """End the line or the paragraph, if *tag* does that."""
         if tag == "br":
             self._pieces.append("\n")
             self._newlines += 1

@@ -17,38 +17,38 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # RFC 5321, section 4.1.1.4: a dot alone on its line. If a bare CR or LF could end that line, mails
-# could be smuggled in (CVE-2024-27305). What begins it may also be stuffing (section 4.5.2).
+# could be smuggled in (CVE-2024-27305). Its dot may also be stuffing (section 4.5.2).
 _END_OF_DATA = b"\r\n.\r\n"
 _DOT = _END_OF_DATA[:3]
 
 # As in aiosmtpd: a client that sends more does not speak SMTP.
 _UNKNOWN_COMMANDS = 5
 
-# Without its CRLF. Other servers need not take more than 512 octets (RFC 5321, section 4.5.3.1.4).
+# Without the CRLF. Other servers may refuse more than 512 octets (RFC 5321, section 4.5.3.1.4).
 _LINE_OCTETS = auth.LINE_OCTETS
 _USUAL_OCTETS = 512 - len(b"\r\n")
 
-# RFC 5321, section 4.5.3.1.10, asks for 100 at least; and the octets of them all.
+# RFC 5321, section 4.5.3.1.10, demands at least 100; and the octets of all of them together.
 _RECIPIENTS = 10_000
 _ENVELOPE_OCTETS = 1024 * 1024
 
-# A mail over 1 MiB gets room for 33 MiB, which is no memory before it is written to: malloc moves
-# what grows, and the process then takes 64 instead of 46 MiB for a mail of 20 MB.
+# A mail over 1 MiB gets a buffer of 33 MiB, which takes no memory until it is written to. A growing
+# buffer is moved by malloc: the process then takes 64 instead of 46 MiB for a mail of 20 MB.
 _SMALL = 1024 * 1024
 _ROOM = 33 * _SMALL
 
-# Commands without an argument, and those that are nothing without one.
+# Commands that have no argument, and those that need one.
 _BARE = {b"DATA", b"QUIT", b"RSET", b"STARTTLS"}
 _ARGUMENTS = {b"VRFY": "<address>"}
 
-# How many warnings a connection gets until its next mail, and how long a command may be to be
-# shown in one although it is unknown.
+# How many warnings a connection may cause until its next mail, and up to which length a warning
+# shows an unknown command.
 _WARNINGS = 20
 _SHOWN_LETTERS = 12
 
 _MASK = "***"
 
-# What else than SMTP a client may speak, by its first octets (RFC 8446, section 5.1; RFC 9112,
+# Other protocols that a client may speak, by its first octets (RFC 8446, section 5.1; RFC 9112,
 # section 3; the PROXY protocol, sections 2.1 and 2.2; RFC 2033, section 4.1).
 _STRANGER = re.compile(
     rb"(?P<TLS>\x16\x03)|(?P<HTTP>[A-Z]+ \S+ HTTP/[0-9])"
@@ -71,7 +71,7 @@ _SIZE = re.compile(r"[0-9]{1,20}")
 class Offer(NamedTuple):
     """What a server offers to its clients, and how much it accepts.
 
-    *hostname* and *ident* make the greeting; *max_size* is the largest message in octets, 0 sets
+    *hostname* and *ident* make up the greeting. *max_size* is the largest message in octets; 0 sets
     no limit (RFC 1870, section 3). *smtputf8* accepts non-ASCII addresses (RFC 6531), *auth* any
     credentials (RFC 4954). *tls*: `starttls` offers STARTTLS (RFC 3207), `implicit` begins with
     TLS (RFC 8314, section 3.3).
@@ -94,7 +94,7 @@ class Reply(NamedTuple):
 class Mail(NamedTuple):
     """Deliver this mail, and pass the reply to it to `Conversation.delivered`.
 
-    *content*: what came after DATA, without the stuffed dots, with the line ends that were sent.
+    *content*: what came after DATA, with the stuffed dots removed and the line ends as sent.
     """
 
     reverse_path: Path
@@ -103,29 +103,29 @@ class Mail(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Log this *text*, which may hold any character, as a warning unless it *warns* of nothing."""
+    """Log this *text*, which may contain any character; it is a warning if it *warns*."""
 
     text: str
     warns: bool = True
 
 
 class Delay(NamedTuple):
-    """Wait so many *seconds* before anything else is done."""
+    """Wait this many *seconds* before the next action."""
 
     seconds: float
 
 
 class Heard(NamedTuple):
-    """Log this *text*: what the client has said, but for what may be a password."""
+    """Log this *text*: what the client said, except for anything that may be a password."""
 
     text: str
 
 
 class Control(Enum):
-    """What else is to be done: begin TLS, close the connection when all is sent, or cut it.
+    """Begin TLS, close the connection once everything is sent, or cut it at once.
 
-    TLS means to shake hands, and then to call `Conversation.tls_begun`; what arrives from now on is
-    encrypted.
+    To begin TLS means to shake hands and then call `Conversation.tls_begun`; whatever arrives from
+    now on is encrypted.
     """
 
     BEGIN_TLS = auto()
@@ -139,7 +139,7 @@ Stage = Literal["connect", "auth", "mail", "rcpt", "data"]
 
 
 class Failure(NamedTuple):
-    """How a reply is to fail: by another *reply*, by a *drop* of the connection, or by a *delay*.
+    """How a reply must fail: by another *reply*, by a *drop* of the connection, or by a *delay*.
 
     *text*: what to report. *delay*: in seconds.
     """
@@ -161,11 +161,11 @@ class State(Enum):
     OVER = auto()
 
 
-# Python 3.11 takes as long to look into an Enum as to carry out half a command.
+# In Python 3.11, looking up a member of an Enum takes as long as half a command.
 _COMMAND, _RESPONSE, _DATA, _DELIVERY, _HANDSHAKE, _OVER = State
 
 
-class _Refusal(Exception):  # noqa: N818  # no error of anybody, but a reply
+class _Refusal(Exception):  # noqa: N818  # not an error, but a reply
     """A command is refused; the text is the reply."""
 
 
@@ -175,7 +175,7 @@ class _Transaction:
     def __init__(self, path: Path, limit: int) -> None:
         self.reverse_path = path
         self.forward_paths: list[Path] = []
-        self.octets = 0  # of all forward-paths, with their parameters
+        self.octets = 0  # of all forward-paths and their parameters
         self.content = _Content(limit)
 
     def __str__(self) -> str:
@@ -185,22 +185,22 @@ class _Transaction:
 
 
 class _Content:
-    """What follows DATA: finds its end, removes the stuffing, and drops what is over the limit.
+    """What follows DATA: finds its end, removes the stuffing, and drops a mail over the limit.
 
-    The size is that of the mail itself (RFC 1870, section 4): the stuffing does not count, nor does
-    the end of data. Each octet is copied once.
+    The limit applies to the mail itself (RFC 1870, section 4): neither the stuffing nor the end of
+    data counts. Each octet is copied once.
     """
 
     def __init__(self, limit: int) -> None:
         """Accept up to *limit* octets, or any number if that is 0."""
         self.is_too_large = False
-        self.arrived = 0  # in octets, with all that does not count
-        self.seems_endless = False  # The client seems to end it by LF, dot, LF.
+        self.arrived = 0  # in octets, including the stuffing and the end
+        self.seems_endless = False  # The client seems to end the mail with LF, dot, LF.
         self._last = b"\n"  # three octets
         self._limit = limit or maxsize
         self._bound = min(self._limit, _SMALL)
         self._octets = BytesIO()
-        # How much of the end of data has come last; the line end of the command counts.
+        # How many octets of the end of data came last, including the CRLF of DATA itself.
         self._matched = len(b"\r\n")
 
     @property
@@ -209,7 +209,7 @@ class _Content:
         return self._matched == len(_END_OF_DATA)
 
     def feed(self, octets: bytes | bytearray, first: int, end: int) -> int:
-        """Read *octets* between two indices; return the index after what belongs to the mail."""
+        """Read *octets* between two indices; return the index after the last octet of the mail."""
         self.arrived += end - first
         self._last = (self._last + octets[max(first, end - 3) : end])[-3:]
         if self._last == b"\n.\n" or (
@@ -219,7 +219,7 @@ class _Content:
         begin = self._match_on(octets, first, end) if self._matched else first
         if self.is_complete or begin == end:
             return begin
-        # To look for a dot alone is 20 times as quick, and base64 has none: worth 26 % with 20 MB.
+        # Searching for one dot is 20 times as fast, and base64 has none: worth 26 % with 20 MB.
         dot = octets.find(b".", begin, end)
         dot = octets.find(_DOT, max(begin, dot - 2), end) if dot >= 0 else dot
         stop = octets.find(_END_OF_DATA, dot, end) if dot >= 0 else dot
@@ -229,21 +229,21 @@ class _Content:
             return stop + len(_END_OF_DATA)
         suffixes = (n for n in (4, 3, 2, 1) if octets.endswith(_END_OF_DATA[:n], first, end))
         self._matched = next(suffixes, 0)
-        # A dot, and what follows it, may still be the end.
+        # A dot and what follows it may still turn out to be the end.
         self._write_lines(octets, begin, end - max(0, self._matched - 2), dot)
         return end
 
     def _write_lines(self, octets: bytes | bytearray, begin: int, end: int, dot: int) -> None:
-        """Write *octets* between two indices without the stuffing, if there is a *dot* at all."""
+        """Write *octets* between two indices, without the stuffing if there is a *dot*."""
         if dot < 0:
             self._write(memoryview(octets)[begin:end])
         else:
             self._write(octets[begin:end].replace(_DOT, b"\r\n"))
 
     def _match_on(self, octets: bytes | bytearray, begin: int, end: int) -> int:
-        """Decide what the octets before these were, of which the mail has the line end already.
+        """Decide whether the previous octets were stuffing or the end of data.
 
-        Return the index in *octets* from which on to read.
+        Their line end is in the mail already. Return the index in *octets* where to go on.
         """
         matched = self._matched
         joint = _END_OF_DATA[:matched] + octets[begin : min(end, begin + 5 - matched)]
@@ -263,7 +263,7 @@ class _Content:
                 self._outgrow(self._octets)
 
     def _outgrow(self, octets: BytesIO) -> None:
-        """Drop what is over the limit, or have room for more from now on."""
+        """Drop a mail that is over the limit, or get a large buffer for it."""
         if octets.tell() > self._limit:
             self.is_too_large = True
             self._octets = BytesIO()
@@ -281,12 +281,12 @@ class _Content:
 class Conversation:
     """One session, as the server sees it (RFC 5321).
 
-    Pass it what arrives by `receive`, and call `next_action` until that returns None; not to call
-    it is how to wait. It never raises for anything that a client does.
+    Pass it what arrives by `receive`, and call `next_action` until that returns None; to make it
+    wait, do not call. Nothing that a client sends makes it raise.
 
     *host_name*: what the client calls itself; empty before HELO or EHLO.
     *extended*: whether it said EHLO; None before that.
-    *user*: who has logged in, or None.
+    *user*: the name that has logged in, or None.
     """
 
     def __init__(
@@ -298,8 +298,8 @@ class Conversation:
     ) -> None:
         """Begin with the greeting, or with TLS if that is implicit.
 
-        *verbose*: also report what the client says. *ask*: is asked before each reply that can
-        fail, with what that is about: nothing, the user, the reverse-path or the recipient.
+        *verbose*: also report what the client says. *ask*: called before each reply that can fail,
+        with its subject: nothing, the user, the reverse-path or the recipient.
         """
         self._offer = offer
         self._ask = ask
@@ -318,10 +318,10 @@ class Conversation:
             self._actions.append(Control.BEGIN_TLS)
 
     def _forget(self) -> None:
-        """Know nothing of the client, as at the beginning and after STARTTLS."""
+        """Forget the client, as before its first word and after STARTTLS."""
         self._state = _COMMAND
         self._is_new = True  # The client has said nothing yet.
-        self._verb = b""  # of the last command that is known, but for an AUTH that has succeeded
+        self._verb = b""  # the last known command, unless it was an AUTH that succeeded
         self.host_name = ""
         self.extended: bool | None = None
         self.user: str | None = None
@@ -338,7 +338,7 @@ class Conversation:
             self._close()
 
     def _fails(self, stage: Stage, subject: str = "") -> bool:
-        """Ask whether the reply about *subject* is to fail; if so, tell so, and reply otherwise."""
+        """Ask whether the reply about *subject* must fail; if so, report that, and do it."""
         failure = self._ask(stage, subject) if self._ask else None
         if failure is None:
             return False
@@ -358,13 +358,13 @@ class Conversation:
 
     @property
     def unread(self) -> int:
-        """How many octets have arrived that nothing has been done about yet."""
+        """How many octets have arrived but are not handled yet."""
         return len(self._buffer) - self._begin
 
     def receive(self, octets: bytes | bytearray, end: int | None = None) -> None:
-        """Receive *octets* of the client, up to the index *end*, wherever that is in what it says.
+        """Receive *octets* of the client, up to the index *end*; they may be split anywhere.
 
-        They may change afterwards.
+        The buffer may change afterwards.
         """
         self._mute = False
         end = len(octets) if end is None else end
@@ -372,15 +372,15 @@ class Conversation:
         if self._arriving is not None:
             begin = self._read_content(self._arriving, octets, 0, end)
         elif self._state is _OVER or self._state is _HANDSHAKE:
-            return  # What comes in clear before the handshake must not seem encrypted after it.
+            return  # What comes in clear before the handshake must not count as encrypted after it.
         self._buffer, self._begin = self._buffer[self._begin :] + octets[begin:end], 0
 
     def receive_eof(self) -> None:
-        """Learn that the client sends nothing more; it may still read."""
+        """Note that the client sends nothing more; it may still read."""
         self._ended = True
 
     def lost(self, reason: str = "") -> None:
-        """Learn that the connection is gone, for a *reason*: only reports are left to be done."""
+        """Note that the connection is gone, for a *reason*: only reports remain to be done."""
         self._actions = deque(action for action in self._actions if isinstance(action, Report))
         self._end(reason)
 
@@ -394,7 +394,7 @@ class Conversation:
             self._warn(f"{text}; perhaps it does not trust the certificate")
         if self._arriving is not None:
             where = f"in the middle of a mail {self._arriving}"
-            arrived = f"of which {self._arriving.content.arrived:,} octets had come"
+            arrived = f"after {self._arriving.content.arrived:,} octets"
             reason = f"{reason or 'The client left'} {where}, {arrived}"
         if reason:
             self._warn(reason)
@@ -404,14 +404,14 @@ class Conversation:
         self._transaction = self._arriving = self._exchange = None
 
     def tls_begun(self) -> None:
-        """Learn that the handshake is done; forget what came in clear (RFC 3207, section 4.2)."""
+        """Note that the handshake is done; forget what came in clear (RFC 3207, section 4.2)."""
         self._forget()
         self._encrypted = self._mute = True
         if self._offer.tls == "implicit":
             self._greet()
 
     def delivered(self, reply: str) -> None:
-        """Learn the *reply* to the mail that was out for delivery; 421 ends the session."""
+        """Send the *reply* to the mail that was being delivered; 421 ends the session."""
         if self._state is _DELIVERY:
             self._state = _COMMAND
             self._warnings = self._unknown_commands = 0
@@ -420,7 +420,7 @@ class Conversation:
                 self._close()
 
     def next_action(self) -> Action | None:
-        """Return the next thing to do, or None when it takes more octets, a delivery or TLS."""
+        """Return the next action, or None until more octets, the delivery or TLS is there."""
         while not self._actions:
             if not self._has_greeted and self._state is _COMMAND:
                 self._greet()
@@ -448,7 +448,7 @@ class Conversation:
         return self._actions.popleft()
 
     def _read(self, line: bytes) -> None:
-        """Carry out and answer a *line*."""
+        """Carry out a *line* and answer it."""
         self._is_new = False
         exchange = self._exchange
         if self._verbose:
@@ -465,9 +465,9 @@ class Conversation:
                 self._close()
 
     def _quoted(self, line: bytes) -> str:
-        """Return what a *line* that is refused says, but nothing that may be a password.
+        """Return what a refused *line* says, except for anything that may be a password.
 
-        That may come where a response was refused, or instead of a command.
+        Clients send passwords after a refused response, or instead of a command.
         """
         if len(line) > _LINE_OCTETS:
             return f"A line of more than {_LINE_OCTETS:,} octets"
@@ -483,7 +483,7 @@ class Conversation:
         return verb.decode()
 
     def _masked(self, line: bytes) -> str:
-        """Return what a *line* says, with a mask for what may be a password."""
+        """Return what a *line* says, with a mask for anything that may be a password."""
         if self._exchange is not None:
             return _MASK
         quoted, verb = self._quoted(line), line.partition(b" ")[0].upper()
@@ -496,7 +496,7 @@ class Conversation:
         self._answer(reply)
 
     def _warn(self, text: str) -> None:
-        """Report *text*, unless there have been many such reports since the last mail."""
+        """Report *text*, unless there were too many reports since the last mail."""
         self._warnings += 1
         if self._warnings == _WARNINGS + 1:
             text = "Further warnings are not shown until the next mail of this client"
@@ -504,7 +504,7 @@ class Conversation:
             self._actions.append(Report(text))
 
     def _carry_out(self, line: bytes) -> None:
-        """Carry out and answer a command (RFC 5321, section 4.1.1)."""
+        """Carry out a command and answer it (RFC 5321, section 4.1.1)."""
         verb, _, argument = line.partition(b" ")
         verb = verb.upper()
         command = self._COMMANDS.get(verb)
@@ -528,7 +528,7 @@ class Conversation:
         self._actions.append(Reply(f"{reply}\r\n".encode("utf-8", "backslashreplace")))
 
     def _unknown(self, verb: bytes) -> _Refusal:
-        """Return the refusal of a command that is unknown; one of many ends the session."""
+        """Return the refusal of an unknown command; too many of them end the session."""
         if not verb.isalpha():
             return _Refusal("500 Error: bad syntax")
         self._unknown_commands += 1
@@ -542,14 +542,14 @@ class Conversation:
             self._warn(f"Other servers may refuse this: {verb} without a name")
 
     def _helo(self, host_name: str) -> None:
-        """Begin without extensions (RFC 5321, section 4.1.1.1)."""
+        """Begin a session without extensions (RFC 5321, section 4.1.1.1)."""
         self._greeted("HELO", host_name, extended=False)
         self._answer(f"250 {self._offer.hostname}")
 
     def _ehlo(self, host_name: str) -> None:
-        """Offer our extensions (RFC 5321, section 4.1.1.1)."""
+        """Begin a session, and offer the extensions (RFC 5321, section 4.1.1.1)."""
         self._greeted("EHLO", host_name, extended=True)
-        # Without a limit it is SIZE 0 (RFC 1870, section 4).
+        # SIZE 0 means that there is no limit (RFC 1870, section 4).
         extensions = [f"SIZE {self._offer.max_size}", "8BITMIME", "PIPELINING"]
         if self._offer.smtputf8:
             extensions.append("SMTPUTF8")
@@ -571,8 +571,8 @@ class Conversation:
         if not self._can_begin_tls:
             raise _Refusal("502 5.5.1 STARTTLS is not offered")
         if self.unread:
-            # Here commands can be injected that seem to have come encrypted (CVE-2021-33515).
-            self._warn("What was sent after STARTTLS, without waiting for the reply, is dropped")
+            # Otherwise, injected commands could pass as encrypted ones (CVE-2021-33515).
+            self._warn("Dropped what was sent after STARTTLS without waiting for the reply")
             self._buffer, self._begin = b"", 0
         self._answer("220 Ready to start TLS")
         self._state = _HANDSHAKE
@@ -606,7 +606,7 @@ class Conversation:
         self._answer(f"334 {b64encode(challenge).decode()}")
 
     def _respond(self, exchange: auth.Exchange, response: bytes) -> None:
-        """Go on with an exchange of AUTH; nothing keeps the password, and nothing reports it."""
+        """Continue an AUTH exchange; the password is neither kept nor reported."""
         self._state, self._exchange = _COMMAND, None
         try:
             self._challenge(exchange, exchange.send(auth.decode(response)))
@@ -620,7 +620,7 @@ class Conversation:
             self._answer("235 2.7.0 Authentication successful")
 
     def _mail(self, argument: str) -> None:
-        """Begin a mail with its reverse-path (RFC 5321, section 4.1.1.2)."""
+        """Begin a mail (RFC 5321, section 4.1.1.2)."""
         if self.extended is None:
             raise _Refusal("503 Error: send HELO first")
         if self._transaction:
@@ -658,7 +658,7 @@ class Conversation:
     def _report(self, verb: str, argument: str, path: Path, transaction: _Transaction) -> None:
         """Report what other servers may refuse in a command."""
         if not path.parameters and not path.faults and path.address.isascii():
-            return  # as most are
+            return  # like most of them
         faults = [*path.faults]
         for keyword, value in path.parameters.items():
             if not (verb == "MAIL" and self.extended and self._offers(keyword, value)):
@@ -671,7 +671,7 @@ class Conversation:
             self._warn(text)
 
     def _offers(self, keyword: str, value: str) -> bool:
-        """Tell whether a parameter of MAIL is offered, and may have this *value*."""
+        """Return whether a parameter of MAIL is offered, and may have this *value*."""
         offered = {
             "SIZE": bool(_SIZE.fullmatch(value)),
             "BODY": value.upper() in {"7BIT", "8BITMIME"},  # RFC 6152, section 2
@@ -694,7 +694,7 @@ class Conversation:
     def _read_content(
         self, transaction: _Transaction, octets: bytes | bytearray, begin: int, end: int
     ) -> int:
-        """Read more of a mail; return the index in *octets* after what belongs to it."""
+        """Read more of a mail; return the index after its last octet in *octets*."""
         content = transaction.content
         seemed_endless = content.seems_endless
         begin = content.feed(octets, begin, end)
@@ -711,7 +711,7 @@ class Conversation:
                 paths = tuple(transaction.forward_paths)
                 self._actions.append(Mail(transaction.reverse_path, paths, content.octets()))
         elif content.seems_endless and not seemed_endless:
-            text = "The client ends lines with LF alone, without CR, and so never ends its mail"
+            text = "The client ends lines with LF alone, without CR, which does not end its mail"
             self._warn(f"{text} {transaction}")
         return begin
 
@@ -734,11 +734,11 @@ class Conversation:
         self._close()
 
     def _vrfy(self, _address: str) -> None:
-        """Promise nothing about an address (RFC 5321, section 7.3)."""
+        """Reveal nothing about an address (RFC 5321, section 7.3)."""
         self._answer("252 Cannot VRFY user, but will accept mail for it")
 
     def _help(self, _topic: str) -> None:
-        """List the commands that can be used (RFC 5321, section 4.1.1.8)."""
+        """List the available commands (RFC 5321, section 4.1.1.8)."""
         usable = {b"AUTH": self._offer.auth, b"STARTTLS": self._can_begin_tls}
         verbs = sorted(verb.decode() for verb in self._COMMANDS if usable.get(verb, True))
         self._answer(f"214 Commands: {' '.join(verbs)}")

@@ -1,4 +1,4 @@
-"""Failures on demand: rules that say which replies are to fail, and how often."""
+"""Failures on demand: rules that say which replies fail, and how often."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _TIMES = re.compile("[1-9][0-9]{0,9}")
 
 
 class RuleError(ValueError):
-    """A rule that makes no sense; the text shows it, and the part that is wrong."""
+    """A rule that makes no sense; the text shows the rule and what is wrong with it."""
 
     def __init__(self, rule: str, part: str, wrong: str) -> None:
-        """Tell what is *wrong* with a *part* of a *rule*."""
+        """Say what is *wrong* with a *part* of a *rule*."""
         super().__init__(f"{rule}: {part!r} {wrong}")
 
 
 class Rule(NamedTuple):
-    """Which replies are to fail, and how.
+    """Which replies fail, and how.
 
-    *text*: the rule as it was given. *stage*: what the reply is to.
-    *pattern*: a glob; case does not count. Of `connect` it is to match the peer's address, of
-    `auth` the user, of `mail` and `data` the reverse-path, of `rcpt` the recipient.
-    *times*: how often the rule applies, None for always.
-    *code*: that of the reply. *drop*: cut the connection. *delay*: wait so many seconds.
+    *text*: the rule as the user wrote it. *stage*: what is being replied to.
+    *pattern*: a glob, case-insensitive, for the peer's address (`connect`), the user (`auth`), the
+    reverse-path (`mail`, `data`) or the recipient (`rcpt`).
+    *times*: how often the rule applies; None for always.
+    *code*: the reply's code. *drop*: cut the connection. *delay*: seconds to wait before the reply.
     """
 
     text: str
@@ -59,9 +59,9 @@ class Rule(NamedTuple):
             wrong = "is neither a code from 400 to 599, nor drop or delay=SECONDS"
             raise RuleError(text, code, wrong)
         if times and not _TIMES.fullmatch(times):
-            raise RuleError(text, times, "is not how often, a number from 1")
+            raise RuleError(text, times, "is not a number of times, 1 or more")
         if more:
-            wrong = "is too much; in a pattern, ? stands for a colon"
+            wrong = "is one field too many; in a pattern, write ? for a colon"
             raise RuleError(text, ":".join(more), wrong)
         return cls(
             text,
@@ -82,15 +82,15 @@ class Rule(NamedTuple):
 
 
 class Failures:
-    """Applies rules: the first one that matches, and that is not spent, counts."""
+    """Applies rules: the first one that matches and is not used up counts."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        """Begin with rules that have not been applied yet."""
+        """Begin with unused rules."""
         self._rules = list(rules)
         self._left = [rule.times for rule in rules]
 
     def ask(self, stage: Stage, subject: str) -> Failure | None:
-        """Return how the reply to *subject* is to fail, or None when it is not to."""
+        """Return how the reply to *subject* must fail, or None if it must not."""
         for number, rule in enumerate(self._rules):
             left = self._left[number]
             if rule.stage != stage or left == 0 or not _matches(subject, rule.pattern):

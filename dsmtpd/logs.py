@@ -19,9 +19,9 @@ _COLOURS = {"WARNING": 33, "ERROR": 31}
 
 
 class Formatter(logging.Formatter):
-    """Formats records as `logging` does, but each second only once.
+    """Formats records as `logging` does, but formats each second only once.
 
-    Where no mail is stored, that is worth 8 %.
+    If no mail is stored, that is worth 8 %.
     """
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002
@@ -30,14 +30,14 @@ class Formatter(logging.Formatter):
 
 
 class TerminalFormatter(Formatter):
-    """Formats records for the eye: time and peer dim, the subject bold, what is wrong in colour."""
+    """Formats records for terminals: time and peer dim, subject bold, the level coloured."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """Return the local time of *record*, with milliseconds."""
         return _styled(2, super().formatTime(record, datefmt))
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return *record* as a line; a mail's has its peer and its subject by name."""
+        """Return *record* as a line; that of a mail names its peer and its subject."""
         shown = copy(record)
         if isinstance(record.args, dict) and {"peer", "subject"} <= record.args.keys():
             peer, subject = _styled(2, record.args["peer"]), _styled(1, record.args["subject"])
@@ -50,7 +50,7 @@ class TerminalFormatter(Formatter):
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] before 3.11
-    """Writes records to stderr; one that cannot be written is dropped and stops nothing."""
+    """Writes records to stderr; drops what cannot be written."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Write to *stream*, by default to stderr."""
@@ -58,7 +58,7 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Tex
         self.output = Output(self.stream)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write *record*, or drop it: the reader of a pipe may be gone, or the disk be full."""
+        """Write *record*, or drop it: a pipe's reader may be gone, or the disk full."""
         try:
             self.output.write(f"{self.format(record)}\n")
         except OSError:
@@ -72,13 +72,13 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # no [Tex
             super().flush()
 
     def close(self) -> None:
-        """Leave nothing unwritten behind."""
+        """Leave nothing unwritten."""
         super().close()
         self.output.close()
 
 
 def hurry() -> None:
-    """Have the log drop what nobody reads in half a second: the process is to end."""
+    """Drop what nobody reads within half a second: the process is about to end."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, StderrHandler):
             handler.output.hurry()
@@ -90,25 +90,25 @@ def _local_time(second: int) -> str:
 
 
 def _styled(number: int, text: object) -> str:
-    """Return *text* in the style of that *number* (ECMA-48, section 8.3.117)."""
+    """Return *text* in the style with this *number* (ECMA-48, section 8.3.117)."""
     return f"\x1b[{number}m{text}\x1b[0m"
 
 
 def _is_terminal() -> bool:
-    """Tell whether stderr is a terminal that may show colours (no-color.org)."""
+    """Return whether stderr is a terminal that may show colours (no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    # Not every console of Windows knows the sequences.
+    # Not every Windows console knows the sequences.
     return not plain and sys.platform != "win32" and sys.stderr.isatty()
 
 
 def configure() -> None:
-    """Send the records of INFO and above to stderr, unless logging has been set up already."""
+    """Log INFO and above to stderr, unless logging is already set up."""
     if sys.stderr is None:
-        # Started with stderr closed. Its number, 2, would go to the next file that is opened, and
-        # with it what the interpreter prints there: that file must not be a mail.
+        # Started with stderr closed: the next opened file would get its descriptor, 2, and whatever
+        # the interpreter prints there. That file must not be a mail.
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the end
     handler = StderrHandler()
     handler.setFormatter((TerminalFormatter if _is_terminal() else Formatter)(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # It warns of each reply to a client that has left.
+    # It warns about each reply to a client that has left.
     logging.getLogger("asyncio").setLevel(logging.ERROR)

@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 FOLDERS = ("tmp", "new", "cur")
 
-# Like other Maildir software: mails are for their owner's eyes, unless they open the folders.
+# Like other Maildir software: only the owner can read the mails, unless they open the folders.
 _FOLDER_MODE = 0o700
 
-# What is needed, and what is said where it is missing; to be flushed, a folder has to be read.
+# The rights needed, and the message if they are missing; a folder must be readable to be flushed.
 _RIGHTS = (
     ("tmp", os.W_OK | os.X_OK, "Not writable"),
     ("new", os.W_OK | os.X_OK, "Not writable"),
     ("new", os.R_OK, "Not readable"),
 )
 
-# Seconds after which a file in tmp/ is what an interrupted delivery has left (Maildir(5)).
+# Seconds after which a file in tmp/ must be left over from an interrupted delivery (Maildir(5)).
 _STALE = 36 * 3600
 
-# What the system says of folders that it cannot flush.
+# What the system says about folders that it cannot flush.
 _NOT_FLUSHED = {errno.EBADF, errno.EINVAL}
 
 # Windows would write each LF as CRLF.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
-# Of a large mail, so much is turned into its stored form at once.
+# How much of a large mail is converted for storage at a time, in octets.
 _PIECE = 256 * 1024
 
 _count = count(1)
@@ -45,15 +45,15 @@ _run = f"R{os.urandom(4).hex()}Q"
 
 
 def is_maildir(path: str | os.PathLike[str]) -> bool:
-    """Tell whether *path* is a folder that has the three folders of a Maildir."""
+    """Return whether *path* is a folder that has the three folders of a Maildir."""
     return all(Path(path, name).is_dir() for name in FOLDERS)
 
 
 def ensure_maildir(path: str | os.PathLike[str]) -> None:
     """Create the Maildir *path*, with its parents, or complete it; keep what is there.
 
-    What is created survives a power cut. Raises `OSError`, with the file name and the reason, when
-    it cannot be a Maildir.
+    What it creates survives a power cut. Raises `OSError`, with the file name and the reason, if
+    *path* cannot be a Maildir.
     """
     folders = [Path(path, name) for name in ("", *FOLDERS)]
     try:
@@ -73,10 +73,10 @@ def ensure_maildir(path: str | os.PathLike[str]) -> None:
 class Maildir(mailbox.Maildir):
     """A `mailbox.Maildir` that stores messages of bytes quickly, durably and exactly.
 
-    Its length, and so its truth value, takes a look at each mail, as that of its base class does.
+    Its length, and so its truth value, lists all mails, as in its base class.
     """
 
-    # What separates a name from its flags; Windows allows no colon in names.
+    # Separates a name from its flags; Windows allows no colon in file names.
     colon = "!" if os.name == "nt" else ":"
 
     def __init__(
@@ -87,8 +87,8 @@ class Maildir(mailbox.Maildir):
     ) -> None:
         """Open the Maildir *dirname*; create or complete it, with its parents, if *create* is true.
 
-        Raises `OSError` when it cannot be one, and `mailbox.NoSuchMailboxError` when it is missing
-        and not to be created.
+        Raises `OSError` if it cannot be one, and `mailbox.NoSuchMailboxError` if it is missing and
+        *create* is false.
         """
         folder = os.path.abspath(os.path.expanduser(dirname))  # noqa: PTH100, PTH111  # as there
         if create:
@@ -99,13 +99,13 @@ class Maildir(mailbox.Maildir):
     def add(self, message: Any, *, head: bytes = b"") -> str:
         """Store *message* in new/ and return its key.
 
-        Of bytes, the CRLF become LF, and nothing else changes; *head* is stored before them. The
-        file is written in tmp/, flushed to the disk and moved, as Maildir(5) wants: no reader sees
-        half a mail. Then the folder is flushed, too: a power cut changes nothing any more. A
-        Maildir that has disappeared is created again. Any thread of any process may do this at the
-        same time. Whatever else `mailbox.Maildir` accepts is stored as it does it.
+        In bytes, each CRLF becomes LF, and nothing else changes; *head* is stored before them. The
+        file is written in tmp/, flushed to the disk and moved, as Maildir(5) demands: no reader
+        sees half a mail. Then the folder is flushed, so that a power cut changes nothing any more.
+        If the Maildir has disappeared, it is created again. Any number of threads and processes may
+        do this at the same time. Anything else that `mailbox.Maildir` accepts is stored as usual.
 
-        Raises `OSError` when the mail cannot be stored; nothing of it is left behind then.
+        Raises `OSError` if the mail cannot be stored; nothing of it is left behind then.
         """
         if not isinstance(message, bytes):
             if head:
@@ -118,14 +118,14 @@ class Maildir(mailbox.Maildir):
             return self._deliver(head, message)
 
     def _deliver(self, head: bytes, content: bytes) -> str:
-        # By the functions of `os`: all mails go this way, and `pathlib` takes twice as long.
+        # With functions of `os`: every mail comes this way, and `pathlib` takes twice as long.
         name = _unique_name()
         path, mail = f"{self._base}tmp/{name}", f"{self._base}new/{name}"
         descriptor = os.open(path, _NEW, 0o666)
         try:
             try:
                 for piece in _pieces(head, content):
-                    while piece:  # The system may take less at once.
+                    while piece:  # The system may write less at once.
                         piece = piece[os.write(descriptor, piece) :]  # noqa: PLW2901
                 os.fsync(descriptor)
             finally:
@@ -140,17 +140,17 @@ class Maildir(mailbox.Maildir):
         return name
 
     def path(self, key: str) -> str:
-        """Return the absolute path that the file of *key* has until a reader moves it."""
+        """Return the absolute path of the file of *key*, until a reader moves it."""
         return f"{self._base}new/{key}"
 
     def clean(self) -> None:
         """Remove the files in tmp/ that have not been accessed for 36 hours.
 
-        It is no trouble, as it is to the base class, when one is a folder, or has just vanished.
+        Unlike the base class, it does not fail if one is a folder or has just vanished.
         """
         tmp = f"{self._base}tmp"
         if os.path.islink(tmp):  # noqa: PTH114
-            return  # The files may be another's.
+            return  # The files may belong to somebody else.
         with suppress(OSError), os.scandir(tmp) as entries:
             for entry in entries:
                 with suppress(OSError):
@@ -162,11 +162,11 @@ class Maildir(mailbox.Maildir):
 @contextmanager
 def create_maildir(
     path: str | os.PathLike[str],
-    create: bool = True,  # noqa: FBT001, FBT002  # as people call it
+    create: bool = True,  # noqa: FBT001, FBT002  # as in the original
 ) -> Iterator[Maildir]:
-    """Yield the Maildir at *path*, locked; create it first when *create* is true.
+    """Yield the Maildir at *path*, locked; create it first if *create* is true.
 
-    Raises `mailbox.NoSuchMailboxError` when there is none and it is not to be created.
+    Raises `mailbox.NoSuchMailboxError` if there is none and *create* is false.
     """
     maildir = Maildir(path, create=create)
     maildir.lock()
@@ -186,13 +186,13 @@ def mail_files(path: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
 
 
 def count_mails(path: str | os.PathLike[str]) -> int:
-    """Return how many mails the Maildir at *path* holds, read or not, that are not of this run."""
+    """Return how many mails, read or not, the Maildir at *path* has from before this run."""
     return sum(_run not in entry.name for entry in mail_files(path))
 
 
 def _flush(folder: str | os.PathLike[str]) -> None:
-    """Have the disk keep the names in *folder*, where the system can do that; raises `OSError`."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders.
+    """Flush the names in *folder* to the disk, if the system can do that; raises `OSError`."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders.
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -205,21 +205,21 @@ def _flush(folder: str | os.PathLike[str]) -> None:
 
 
 def _pieces(head: bytes, content: bytes) -> Iterator[bytes]:
-    """Yield what is to be stored, in pieces, since a mail may be large."""
+    """Yield *head* and *content* as they are stored, in pieces, since a mail may be large."""
     begin = 0
     while True:
         end = begin + _PIECE
         end += content[end - 1 : end + 1] == b"\r\n"
-        yield head + b"\n".join(content[begin:end].split(b"\r\n"))  # quicker than replace
+        yield head + b"\n".join(content[begin:end].split(b"\r\n"))  # faster than replace
         if end >= len(content):
             break
         head, begin = b"", end
 
 
 def _unique_name() -> str:
-    """Return a file name that nobody else uses, in the form that Maildirs have.
+    """Return a file name that nobody else uses, in the format of Maildirs.
 
-    Names sort by time. A random number stands beside the process's id, because processes in two
+    Names sort by time. The process's id is followed by a random number, because processes in two
     containers may have the same id and the same host name.
     """
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)

@@ -1,4 +1,4 @@
-"""What arrived, as a frozen record, and what other servers may refuse of it."""
+"""A mail as it arrived, in a frozen record, and what other servers may refuse in it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
     from aiosmtpd.smtp import Envelope
 
-# Only so much is looked at for the log: a hostile mail must not block other sessions.
+# The log looks at no more than this: a hostile mail must not block other sessions.
 CHECKED_OCTETS = 1024 * 1024
 _HEADER_OCTETS = 128 * 1024
 _FIELDS = 10_000
 _SUBJECT_OCTETS = 8 * 1024
 
-# So much of an envelope is shown: a line of the log has at most 16 KiB.
+# The log shows at most this much of an envelope, as its lines have at most 16 KiB.
 _MAIL_FROM_OCTETS = 2 * 1024
 _RCPT_TOS_OCTETS = 4 * 1024
 
@@ -32,10 +32,10 @@ _CONTINUATIONS = range(0x80, 0xC0)
 # RFC 5321, section 4.5.3.1.6, without the CRLF.
 _LINE_OCTETS = 998
 
-# Of a line that should be a field, so much is shown.
+# At most this much is shown of a line that should be a field.
 _SHOWN_OCTETS = 60
 
-# The fields that may be there once (RFC 5322, section 3.6).
+# The fields that may occur only once (RFC 5322, section 3.6).
 _ONCE = {
     name.lower().encode(): name
     for name in (
@@ -51,24 +51,24 @@ _NUL = re.compile(rb"\x00")
 _BARE_CR = re.compile(rb"\r(?!\n)")
 _BEYOND_ASCII = re.compile(rb"[^\x00-\x7f]")
 
-# RFC 5322, sections 2.2 and 3.6.8: a field, with its continuation lines. Bare line feeds and bare
-# carriage returns count; a line of an mbox file, which no header has, is passed over.
+# RFC 5322, sections 2.2 and 3.6.8: a field with its continuation lines. A bare line feed or
+# carriage return ends a line, too. Lines that belong in mbox files, not in a header, are skipped.
 _EOL = rb"(?:\r*\n|\r)"
 _MBOX = rb"(?:>?From [^\r\n]*" + _EOL + rb")*"
 _BODY = rb"([^\r\n]*(?:\r*\n[ \t][^\r\n]*|\r[ \t][^\r\n]*)*)"
 _FIELD = re.compile(_MBOX + rb"([!-9;-~]+)[ \t]*:" + _BODY + rb"(?:" + _EOL + rb"|\Z)")
 
-# The last character of UTF-8 in a text that is cut.
+# The last, perhaps incomplete UTF-8 character of a text that was cut.
 _LAST = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,3}\Z")
 
 
 class _Header(NamedTuple):
-    """What has been found in a header; places are indices of the content.
+    """The contents of a header; places are indices of the mail's content.
 
-    *names*: those of its fields, in small letters.
+    *names*: the names of its fields, in lower case.
     *subject*: the raw value of the first Subject.
-    *mbox_lines*: the places of lines that only mbox files have.
-    *end*: the place of the first line that is no field, or where the look at it ended.
+    *mbox_lines*: the places of lines that belong in mbox files, not in a header.
+    *end*: the place of the first line that is no field, or where the search stopped.
     """
 
     names: tuple[bytes, ...]
@@ -78,14 +78,14 @@ class _Header(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One mail as it came in.
+    """One mail as it arrived.
 
     *peer*: the client's socket address, as Python's `socket` gives it.
     *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
     *rcpt_tos*: the recipients.
-    *content*: the octets after DATA, dot-unstuffed, with the line ends that were sent.
-    *header*: what its header says.
-    *smtputf8*: whether that may hold UTF-8 (RFC 6531).
+    *content*: the octets after DATA, dot-unstuffed, with the line ends as sent.
+    *header*: the header in it.
+    *smtputf8*: whether the header may contain UTF-8 (RFC 6531).
     """
 
     peer: Any
@@ -113,7 +113,7 @@ class Message(NamedTuple):
         return decoded(unfolded(raw))
 
     def summary(self) -> dict[str, str]:
-        """Return what the log line shows, each value safe for a terminal."""
+        """Return the values for the log line, each safe for a terminal."""
         return {
             "peer": printable(endpoint(self.peer)),
             "mail_from": printable(self.mail_from, _MAIL_FROM_OCTETS),
@@ -122,10 +122,10 @@ class Message(NamedTuple):
         }
 
     def envelope_fields(self) -> bytes:
-        """Return the envelope as header fields, to stand at the top of the stored mail.
+        """Return the envelope as header fields for the top of the stored mail.
 
-        There no field of the mail can hide them. Where the mail begins with white space, they end
-        with an empty line: its beginning would continue the last of them.
+        There, no field of the mail can hide them. If the mail begins with white space, an empty
+        line follows them, as the white space would otherwise continue the last field.
         """
         fields = (
             ("X-Peer", str(self.peer)),
@@ -137,9 +137,9 @@ class Message(NamedTuple):
         return head.encode("ascii")
 
     def faults(self) -> list[str]:
-        """Return what other servers may refuse of the content, in words, with the first place.
+        """Return what other servers may refuse in the content, in words, with the first place.
 
-        Only the first MiB is looked at. What follows from a fault that is named is not named.
+        Only the first MiB is checked. Consequences of a reported fault are not reported.
         """
         return [*self._header_faults(), *self._line_faults()]
 
@@ -148,9 +148,9 @@ class Message(NamedTuple):
         content, header = self.content, self.header
         end = header.end
         if end >= _HEADER_OCTETS or len(header.names) >= _FIELDS:
-            return  # It has not been looked at to its end.
+            return  # Nobody has looked at its end.
         for place in header.mbox_lines:
-            yield f"line {_line(content, place)} is one of an mbox file"
+            yield f"line {_line(content, place)} is a From line of an mbox file"
         if content.startswith(_BYTE_ORDER_MARK):
             yield "a byte order mark stands before the header"
         elif content[end : end + 1].strip(b"\r\n"):
@@ -183,7 +183,7 @@ class Message(NamedTuple):
         content = self.content[:CHECKED_OCTETS]
         if len(self.content) > CHECKED_OCTETS and content.endswith(b"\r"):
             content = content[:-1]
-        # Of a mail that is as it should be, only this is left.
+        # A mail without faults leaves nothing else.
         special = content.translate(None, _USUAL)
         if special != b"\r\n" * (len(special) // 2):
             line_ends = content.count(b"\r\n")
@@ -211,16 +211,16 @@ def _line(content: bytes, place: int) -> int:
 
 
 def _with_place(what: str, pattern: re.Pattern[bytes], content: bytes) -> str:
-    """Return *what* with the line of the first match of *pattern*, of which there is one."""
+    """Return *what* with the line of the first match of *pattern*; there must be one."""
     first = next(pattern.finditer(content))
     return f"{what}, first in line {_line(content, first.start())}"
 
 
 def _longest_line(content: bytes) -> int:
-    """Return the octets of the longest line, without its line end, if that is over 998; else 0."""
+    """Return the longest line's length without its line end, in octets, if over 998; else 0."""
     longest = begin = 0
     while begin < len(content):
-        # As many lines as fit into the limit are passed over at once.
+        # Skip as many lines at once as fit into the limit.
         end = content.rfind(b"\n", begin, begin + _LINE_OCTETS + 2)
         if end < 0:
             end = content.find(b"\n", begin)
@@ -231,7 +231,7 @@ def _longest_line(content: bytes) -> int:
 
 
 def _listed(addresses: tuple[str, ...]) -> str:
-    """Return *addresses* as a list that is safe to show, as far as that is not too long."""
+    """Return *addresses* as a list that is safe to show and not too long."""
     listed: list[str] = []
     octets = 0
     for address in addresses:
@@ -263,9 +263,9 @@ def _header(content: bytes) -> _Header:
 def _encoded(value: str) -> str:
     """Return *value* as a field body of one line that decodes to exactly *value*.
 
-    Printable ASCII stays as it is, unless it looks like an encoded word; all else is put into
-    encoded words of 75 octets at the most (RFC 2047). Octets that came as no valid UTF-8 are kept
-    under the charset `unknown-8bit` (RFC 1428).
+    Printable ASCII stays as it is, unless it looks like an encoded word; everything else goes into
+    encoded words of at most 75 octets (RFC 2047). Octets that were not valid UTF-8 are kept under
+    the charset `unknown-8bit` (RFC 1428).
     """
     if value.isascii() and value.isprintable() and "=?" not in value:
         return value
@@ -278,11 +278,11 @@ def _encoded(value: str) -> str:
 
 
 def _parts(octets: bytes) -> Iterator[bytes]:
-    """Yield *octets* in parts that fit into an encoded word, and that cut no character of UTF-8."""
+    """Split *octets* to fit into encoded words, but never within a UTF-8 character."""
     begin = 0
     while begin < len(octets):
         end = begin + _WORD_OCTETS
-        least = end - 3  # A character has four octets at the most.
+        least = end - 3  # A character has at most four octets.
         while least < end < len(octets) and octets[end] in _CONTINUATIONS:
             end -= 1
         yield octets[begin:end]

@@ -1,4 +1,4 @@
-"""What MAIL and RCPT say: a path with its parameters, and what other servers may refuse of it."""
+"""Reads the arguments of MAIL and RCPT: a path, its parameters, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# RFC 5321, section 4.1.2, with the characters beyond ASCII that RFC 6531 adds, and with domains of
-# any atoms: names with an underscore are common within companies and containers. An octet that is
-# no UTF-8 comes as a surrogate.
+# RFC 5321, section 4.1.2, with the non-ASCII characters that RFC 6531 adds, and with any atoms in
+# domains: names with an underscore are common within companies and containers. An octet that is not
+# UTF-8 comes as a surrogate.
 _ATOM = r'[^\x00-\x20\x7f-\xa0()<>@,;:\\".\[\]\ud800-\udfff]+'
 _DOT_ATOM = rf"{_ATOM}(?:\.{_ATOM})*"
 _QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f"\\\ud800-\udfff]|\\[ -~])*"'
 _DOMAIN = rf"(?:{_DOT_ATOM}|\[[!-Z^-~]+\])"
-_ROUTE = "(?:@[^ <>]+:)?"  # which nobody follows (RFC 5321, appendix C)
+_ROUTE = "(?:@[^ <>]+:)?"  # nobody follows it (RFC 5321, appendix C)
 _MAILBOX = rf"(?:{_DOT_ATOM}|{_QUOTED_STRING})@{_DOMAIN}"
 _WELL_FORMED = re.compile(rf"<({_ROUTE}{_MAILBOX}|(?i:postmaster)|)>((?: .*)?)")
 
-# What can be understood all the same: `< a@x >`, `<a@x>SIZE=1`, `<App <a@x>>`, `<a@x`, `App <a@x>`
-# and `a@x`. Within quotes, nothing but the quote ends anything.
+# Malformed, but understood: `< a@x >`, `<a@x>SIZE=1`, `<App <a@x>>`, `<a@x`, `App <a@x>` and `a@x`.
+# Within quotes, only the closing quote ends anything.
 _ANY = r'(?:"(?:[^"\\]|\\.)*"|[^">])*'
 _BRACKETS = rf"<({_ANY}(?=>\s|>$)|.*?(?=>\s|>$)|[^>]*)>"
 _BARE = r'([^<>=]*<[^>]*>|(?:"(?:[^"\\]|\\.)*")?[^<\s]+)'
 _UNDERSTOOD = re.compile(rf"(?:{_BRACKETS}|<(\S+)|{_BARE})(.*)", re.DOTALL)
 
-# RFC 5321, sections 4.5.3.1.1 and 4.5.3.1.3. The angle brackets count.
+# RFC 5321, sections 4.5.3.1.1 and 4.5.3.1.3; the angle brackets count.
 _LOCAL_PART_OCTETS = 64
 _PATH_OCTETS = 256
 
@@ -43,8 +43,8 @@ class Path(NamedTuple):
     """The reverse-path of MAIL or the forward-path of RCPT, with its parameters.
 
     *address*: the path as it was sent, without the angle brackets; `<>` when it is null.
-    *parameters*: each keyword, in capitals, with its value, which is empty where there is none.
-    *faults*: what other servers may refuse of the path, in words.
+    *parameters*: each keyword, in upper case, with its value, which is empty if there is none.
+    *faults*: what other servers may refuse in the path, in words.
     """
 
     address: str
@@ -53,17 +53,17 @@ class Path(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """The parameters as aiosmtpd gives them to hooks."""
+        """The parameters as aiosmtpd passes them to hooks."""
         return [
             f"{keyword}={value}" if value else keyword for keyword, value in self.parameters.items()
         ]
 
 
-@lru_cache(maxsize=256)  # An application has few addresses: 15 % with ten sessions.
+@lru_cache(maxsize=256)  # Applications use few addresses: worth 15 % with ten sessions.
 def parse(keyword: str, argument: str) -> Path | None:
-    """Return the path that *argument* has behind *keyword*, `FROM` or `TO`, and a colon.
+    """Return the path in *argument* after *keyword*, `FROM` or `TO`, and a colon.
 
-    All that can be understood is taken. Without a path, return None.
+    Whatever can be understood is accepted. Returns None if there is no path.
     """
     word, _, text = argument.partition(":")
     if word.rstrip().upper() != keyword:
@@ -103,11 +103,11 @@ def _faults(text: str, address: str, rest: str, *, brackets: bool) -> Iterator[s
     if not _WELL_FORMED.fullmatch(f"<{address}>"):
         yield _MALFORMED
     if rest and not rest[0].isspace():
-        yield "a missing space behind the path"
+        yield "a missing space after the path"
 
 
 def _excesses(address: str) -> Iterator[str]:
-    """Yield what of *address* is longer than other servers must take."""
+    """Yield what in *address* is longer than other servers must accept."""
     octets = address.encode("utf-8", "surrogateescape")
     mailbox = octets.partition(b":")[2] if address.startswith("@") else octets
     if len(mailbox.rpartition(b"@")[0]) > _LOCAL_PART_OCTETS:

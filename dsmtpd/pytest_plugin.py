@@ -1,4 +1,4 @@
-"""Gives pytest a server per test, the fixture `dsmtpd`, and one per session, `dsmtpd_session`."""
+"""Adds fixtures to pytest: `dsmtpd`, a server per test, and `dsmtpd_session`, one for all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dsmtpd.testing import Server
 
-# The rest of the package is imported when a fixture is used: tests without mails do not wait.
+# The rest of the package is imported only once a fixture is used, so other tests need not wait.
 
 _servers: WeakKeyDictionary[pytest.Session, Server] = WeakKeyDictionary()
 
@@ -43,7 +43,7 @@ def dsmtpd_session(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have the server of the session begin anew."""
+    """Reset the server of the session."""
     if server := _servers.get(item.session):
         server.clear()
         server.fail(())
@@ -51,7 +51,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Have the server of the session fail as the test asks for, if it uses that server."""
+    """Make the server of the session fail as the test demands, if the test uses it."""
     fixtures = getattr(item, "fixturenames", ())
     if "dsmtpd_session" in fixtures:
         options = _options(item)
@@ -87,7 +87,7 @@ def _server(options: dict[str, Any]) -> Iterator[Server]:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Report without a traceback what is wrong with the options."""
+    """Report mistakes in the options without a traceback."""
     from dsmtpd.testing import TLSError  # noqa: PLC0415
 
     try:

@@ -35,25 +35,25 @@ log = logging.getLogger(__package__)
 # Seconds after which the same trouble is logged again.
 _QUIET = 60
 
-# How many connections may wait to be accepted: more than any system allows, which has a limit of
-# its own. And how many asyncio accepts in one turn, or tries to when it is out of descriptors.
+# How many connections may wait to be accepted: more than any system allows, as each has its own
+# limit. And how many asyncio accepts, or tries to when out of descriptors, in one turn.
 _BACKLOG = 65_535
 _ACCEPTS = 64
 
-# What the IPv6 address of all interfaces stands for.
-_ALL = ["::", "0.0.0.0"]  # noqa: S104  # which the user has asked for
+# The addresses that the IPv6 address of all interfaces stands for.
+_ALL = ["::", "0.0.0.0"]  # noqa: S104  # the user has asked for it
 
-# Seconds that the event loop waits awake.
+# Seconds that the event loop polls before it sleeps.
 _AWAKE = 100e-6
 
-# As `time.monotonic`, which tests of applications may replace, for example by freezegun. Windows
-# has no other; there, this one is the most precise.
+# `time.monotonic`, but safe from tests that replace it, for example by freezegun. Windows has no
+# other such clock; there, the performance counter is the most precise one.
 if sys.platform == "win32":
     _clock = time.perf_counter
 else:
     _clock = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
-# Seconds that the end waits for deliveries, that is, for a disk that may hang.
+# Seconds to wait at the end for deliveries, that is, for a disk that may hang.
 _END_PATIENCE = 5
 
 
@@ -62,19 +62,19 @@ class ListenError(OSError):
 
 
 class StopError(Exception):
-    """The server cannot end in order, as a delivery does not; its thread lives on."""
+    """A delivery does not end, so neither does the server; its thread lives on."""
 
 
 class Listener:
     """An SMTP server that listens while its `with` block runs, in a thread of its own.
 
-    *handler* is one as aiosmtpd's, of whose hooks `handle_DATA` and `handle_exception` are asked;
-    *options* say where to listen and what to offer. Inside the block, *host* and *port* are the
-    real ones, also for port 0, and *is_local* tells whether only this machine can connect. *ca* is
-    the certificate in PEM of the CA that clients may trust, if it has been generated for TLS.
+    *handler* is like those of aiosmtpd; of its hooks, `handle_DATA` and `handle_exception` are
+    called. *options* say where to listen and what to offer. Inside the block, *host* and *port* are
+    the real ones, also for port 0, and *is_local* says whether only this machine can connect. *ca*
+    is the certificate in PEM of the CA that clients may trust, if one was generated for TLS.
 
-    Leaving the block stops listening, lets deliveries that have begun finish, and hangs up on the
-    other clients. It raises `StopError` when a delivery takes longer than 5 seconds.
+    Leaving the block stops listening, lets deliveries in progress finish, and hangs up on the other
+    clients. It raises `StopError` if a delivery takes longer than 5 seconds.
     """
 
     host: str
@@ -84,8 +84,8 @@ class Listener:
     def __init__(self, handler: object, options: Options) -> None:
         """Do what may take long, but open nothing yet.
 
-        Raises `TLSError` when there is no certificate for TLS, and `ListenError` when there is no
-        such interface.
+        Raises `TLSError` if there is no certificate for TLS, and `ListenError` if there is no such
+        interface.
         """
         self._options = options
         self._service = Service(handler, options)
@@ -96,9 +96,9 @@ class Listener:
             raise self._refusal(error) from error
 
     def __enter__(self) -> Self:
-        """Listen; raises `ListenError` as soon as the system says that this cannot be."""
+        """Listen; raises `ListenError` as soon as the system refuses."""
         listening: Future[_Controller] = Future()
-        # A program that forgets to leave the block can end all the same.
+        # A program that forgets to leave the block can still end.
         self._thread = Thread(target=self._run, args=(listening,), name="dsmtpd", daemon=True)
         try:
             self._thread.start()
@@ -120,11 +120,11 @@ class Listener:
         draining.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
         self._thread.join(_END_PATIENCE)
         if self._thread.is_alive():
-            raise StopError(f"A mail has not been stored within {_END_PATIENCE} s")
+            raise StopError(f"A mail could not be stored within {_END_PATIENCE} s")
         draining.result()
 
     def fail(self, rules: Sequence[Rule]) -> None:
-        """From now on, have replies fail by *rules* instead of those of the options."""
+        """Make replies fail by *rules* from now on, instead of those in the options."""
         self._service.failures = Failures(rules)
 
     def _refusal(self, error: OSError | UnicodeError | RuntimeError) -> ListenError:
@@ -132,11 +132,11 @@ class Listener:
         return ListenError(f"Cannot listen on {where}: {_reason(error)}")
 
     def _run(self, listening: Future[_Controller]) -> None:
-        """Serve, in a thread, until the loop is stopped; tell when that has begun, or failed."""
+        """Serve in this thread until the loop is stopped; set *listening* at the start."""
         controller = _Controller(self._service, self._hosts, self._options.port)
         try:
             controller.begin()
-        except Exception as error:  # noqa: BLE001  # for who waits for it
+        except Exception as error:  # noqa: BLE001  # for the thread that waits for it
             listening.set_exception(error)
         else:
             listening.set_result(controller)
@@ -145,13 +145,13 @@ class Listener:
 
 
 class _Selector(selectors.DefaultSelector):
-    """Waits awake for a moment before it sleeps, as being woken takes longer than most commands.
+    """Polls for a moment before it sleeps, as waking up takes longer than most commands.
 
-    To a client whose commands wait for one another that is worth 54 %: 1,935 against 1,253 mails/s.
+    For a client that waits for each reply, this is worth 54 %: 1,935 instead of 1,253 mails/s.
     """
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return what is ready, after *timeout* seconds at the latest."""
+        """Return what is ready, after at most *timeout* seconds."""
         if timeout is None or timeout > _AWAKE:
             end = _clock() + _AWAKE
             while _clock() < end:
@@ -161,7 +161,7 @@ class _Selector(selectors.DefaultSelector):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time goes on where tests freeze that of the process."""
+    """An event loop whose time goes on even if tests freeze that of the process."""
 
     def time(self) -> float:
         """Return the seconds of the system's clock."""
@@ -192,12 +192,12 @@ class _Controller(UnthreadedController):
         if not ports:  # Python before 3.12.2, for IPv6 on a system that has none
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         if len(ports) > 1:
-            # Port 0, and a name with several addresses: each has been given a port of its own.
+            # Port 0, and a name with several addresses: each got a port of its own.
             self.server.close()
             self.server = self._create(ports.pop())
 
     def _create(self, port: int) -> asyncio.Server:
-        # Each family has a socket of its own, so that a peer's address looks as it is.
+        # Each family has its own socket, so peers' IPv4 addresses are not shown as IPv6 ones.
         creating = self.loop.create_server(self.factory, self._hosts, port, backlog=_ACCEPTS)
         server = self.loop.run_until_complete(creating)
         for listening in server.sockets:
@@ -206,26 +206,26 @@ class _Controller(UnthreadedController):
         return server
 
     async def drain(self) -> None:
-        """Stop listening, end all sessions, and wait for the deliveries that have begun."""
+        """Stop listening, end all sessions, and wait for the deliveries in progress."""
         for listening in self.server.sockets:
             self.loop.remove_reader(listening.fileno())
-        for _ in range(2):  # What has just been accepted takes so many turns to become a session.
+        for _ in range(2):  # An accepted connection needs two turns to become a session.
             await asyncio.sleep(0)
         self.server.close()
         await self._service.hang_up()
-        # What a handler has begun, or a connection that was being accepted.
+        # Tasks of a handler, and connections that were being accepted.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log in one line, and once a minute, what asyncio would print with a traceback each time.
+        """Log in one line, once a minute, what asyncio would print with a traceback each time.
 
-        Out of file descriptors, it would report that a hundred times a second.
+        When it is out of file descriptors, that is a hundred times a second.
         """
         if "_start_serving" in context["message"] and not self.server.is_serving():
-            return  # Out of file descriptors it accepts a second later, here on a closed socket.
+            return  # Out of descriptors, asyncio retries a second later, here on a closed socket.
         report = printable(f"{context['message']}: {context.get('exception')!r}")
         if report != self._last_report or loop.time() - self._last_time >= _QUIET:
             self._last_report, self._last_time = report, loop.time()
@@ -240,14 +240,14 @@ def _addresses(interface: str) -> list[str]:
 
 
 def _reason(error: OSError | UnicodeError | RuntimeError) -> str:
-    """Return in a few words why the system did not let us listen."""
+    """Return briefly why the system did not let us listen."""
     if isinstance(error, RuntimeError):  # of a thread
         return str(error)
     if isinstance(error, socket.gaierror):
         return str(error.strerror)
     if isinstance(error, UnicodeError):
         return "Malformed name"
-    # When none of the addresses is ours, asyncio (since Python 3.12) forgets the error's number.
+    # If no address is ours, asyncio (since Python 3.12) forgets the error number.
     number = error.errno or errno.EADDRNOTAVAIL
-    # The texts of Windows for errors of sockets are not where those of other errors are.
+    # Windows keeps the texts for socket errors apart from the others.
     return getattr(socket, "errorTab", {}).get(number) or os.strerror(number)

@@ -31,19 +31,19 @@ log = logging.getLogger(__package__)
 
 _RULE = "-" * 72 + "\n"
 
-# Of what nobody reads, so many octets of mails may wait, and a reply so many seconds.
+# How many octets of mails may wait for a reader of stdout, and for how many seconds a reply.
 _WAITING_OCTETS = 64 * 1024 * 1024
 _PATIENCE = 1
 
-# Seconds that the end waits for what is still to be printed.
+# Seconds to wait at the end for mails that are still to be printed.
 _END_PATIENCE = 5
 
 
 class Arrival(NamedTuple):
     """A mail that has been accepted.
 
-    *time*: when, in local time. *tls*: the version of TLS by which it came, or None. *user*: who
-    had logged in, or None. *file*: the path of the file that it is stored in, or None.
+    *time*: when, in local time. *tls*: the TLS version that it came by, or None. *user*: the name
+    that had logged in, or None. *file*: the path of the file that it is stored in, or None.
     """
 
     message: Message
@@ -71,7 +71,7 @@ def _escaped(line: str) -> str:
 
 
 def as_json(arrival: Arrival) -> str:
-    """Return a mail as a line of JSON, in ASCII; README tells what stands in it."""
+    """Return a mail as a line of JSON in ASCII; README.rst lists the keys."""
     message, content = arrival.message, Content.from_bytes(arrival.message.content)
     record = {
         "time": arrival.time.isoformat(timespec="milliseconds"),
@@ -97,14 +97,14 @@ def as_json(arrival: Arrival) -> str:
 
 
 class Printer:
-    """Prints mails while its `with` block runs, in a thread of its own, one after the other.
+    """Prints mails while its `with` block runs, one after the other, in a thread of its own.
 
-    When stdout is closed or full, or nobody reads it while many mails wait, the printing ends with
-    a warning in the log.
+    If stdout is closed or full, or nobody reads it while many mails wait, it logs a warning and
+    stops printing.
     """
 
     def __init__(self, form: Literal["text", "json"], stream: TextIO | None) -> None:
-        """Print to *stream*, which is None when the process was started without it."""
+        """Print to *stream*, which is None if the process was started without stdout."""
         self._render, self._rule = (as_text, _RULE) if form == "text" else (as_json, "")
         self._stream = stream
         self._mails: SimpleQueue[tuple[Arrival, Callable[[], object]] | None] = SimpleQueue()
@@ -114,7 +114,7 @@ class Printer:
         self._is_stuck = False
 
     def __enter__(self) -> Self:
-        """Begin to print."""
+        """Start printing."""
         if self._stream is None:
             self._end(os.strerror(errno.EBADF))
             return self
@@ -126,16 +126,16 @@ class Printer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Print what waits, unless nobody reads it."""
+        """Print what is pending, unless nobody reads it."""
         self._hurry()
         self._mails.put(None)
         if self._thread.ident is not None:
             self._thread.join(_END_PATIENCE)
 
     async def show(self, message: Message, session: Any, file: str | None) -> None:
-        """Print *message* of a *session*, which is stored in *file*.
+        """Print *message* of *session*, which is stored in *file*.
 
-        Return when that is done, or when nobody seems to read it.
+        Return when that is done, or when nobody seems to read stdout.
         """
         if self._output is None:
             return
@@ -180,4 +180,4 @@ class Printer:
 
     def _end(self, reason: object) -> None:
         self._output = None
-        log.warning("Mails are not printed any more: %s", reason)
+        log.warning("Mails are no longer printed: %s", reason)

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-# Where signals cannot be blocked, as on Windows, handlers keep them here: what has come, and the
-# seconds between two looks, as nothing there wakes who waits.
+# Where signals cannot be blocked, as on Windows, handlers keep them here, and `wait` looks for them
+# at this interval in seconds, since nothing there would wake it.
 _kept: SimpleQueue[int] = SimpleQueue()
 _LOOK = 0.1
 
 
 def named(*names: str) -> frozenset[signal.Signals]:
-    """Return the signals of these *names* that this system has."""
+    """Return the signals with these *names* that this system has."""
     known = signal.Signals.__members__
     return frozenset(known[name] for name in names if name in known)
 
 
-# Windows sends the last one for Ctrl+Break, and when a console is closed.
+# Windows sends the last one for Ctrl+Break, and when it closes a console.
 _STOPPING = named("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 def end_at_once() -> None:
-    """Have Ctrl+C end the process at once, as the other signals do, without a traceback.
+    """Let Ctrl+C end the process at once and without a traceback, like the other signals.
 
-    Once there is something to lose, `blocked` is the better way.
+    Once there is something to lose, use `blocked`.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -40,10 +40,10 @@ def end_at_once() -> None:
 
 @contextmanager
 def blocked(*more: int) -> Iterator[Collection[int]]:
-    """Hold the signals, and *more*, back in this thread and those that it starts; yield them.
+    """Hold back these signals, and *more*, in this thread and those that it starts; yield them.
 
-    This way none gets lost, whenever it is sent. What the process was started to ignore stays
-    ignored, as SIGINT is in a script's `dsmtpd &`, and SIGHUP after `nohup`.
+    None gets lost, whenever it is sent. Signals that the process was started to ignore stay
+    ignored, such as SIGINT by a script's `dsmtpd &`, and SIGHUP by `nohup`.
     """
     held = {*_STOPPING, *more}
     signals = {number for number in held if signal.getsignal(number) is not signal.SIG_IGN}
@@ -60,7 +60,7 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
 
 @contextmanager
 def _caught(signals: Collection[int]) -> Iterator[None]:
-    """Hold *signals* back by handlers, which run between two steps of the main thread only."""
+    """Hold back *signals* by handlers, which only the main thread can set and run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,9 +80,9 @@ def _keep(number: int, _: object) -> None:
 
 
 def wait(signals: Collection[int]) -> None:
-    """Wait for one of the blocked *signals*; from then on, ignore them all.
+    """Wait for one of the blocked *signals*; then ignore them all.
 
-    Some runners send a signal again and again, which must not disturb the end.
+    Some runners send a signal repeatedly, which must not disturb the end.
     """
     if hasattr(signal, "sigwait"):
         signal.sigwait(signals)

@@ -1,4 +1,4 @@
-"""A server for tests, and the mails that have arrived as frozen records."""
+"""A server for tests, which returns the mails that have arrived as frozen records."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ __all__ = [
     "messages",
 ]
 
-# Of a message, so many octets are shown.
+# The `repr` of a message has at most this many octets.
 _SHOWN_OCTETS = 400
 
-# What stands at the top of a stored mail.
+# The fields at the top of a stored mail.
 _ENVELOPE = re.compile(rb"X-Peer: (.*?)\r?\nX-MailFrom: (.*?)\r?\nX-RcptTo: (.*?)\r?\n")
 _PEER = re.compile(r"\('([^']*)', ([0-9]+).*")
 
-# A comma in a quoted local part separates no recipients (RFC 5321, section 4.1.2).
+# A comma in a quoted local part does not separate recipients (RFC 5321, section 4.1.2).
 _RECIPIENT = re.compile(r'(?:, )?((?:"(?:\\.|[^"\\])*"@)?(?:(?!, ).)+)')
 
-# How often a Maildir is read anew in which mails are moved meanwhile.
+# How often to read a Maildir again if mails are being moved in it.
 _ATTEMPTS = 10
 
 
@@ -60,7 +60,7 @@ class ReceivedMessage:
     *mail_from*: the reverse-path, `<>` when it is null (RFC 5321, section 4.5.5).
     *rcpt_tos*: the recipients.
     *peer*: the client, as `host:port`.
-    *content*: the octets of the mail as they were sent; from a Maildir, with LF as the line end.
+    *content*: the octets of the mail as sent; from a Maildir, with LF as the line end.
     """
 
     mail_from: str
@@ -70,7 +70,7 @@ class ReceivedMessage:
 
     @cached_property
     def email(self) -> EmailMessage:
-        """The mail as Python's own parser reads it."""
+        """The mail, parsed by Python."""
         return BytesParser(policy=policy.default).parsebytes(self.content)
 
     @cached_property
@@ -79,17 +79,17 @@ class ReceivedMessage:
 
     @property
     def subject(self) -> str:
-        """The subject, decoded; empty when there is none."""
+        """The subject, decoded; empty if there is none."""
         return self._read.subject
 
     @property
     def text(self) -> str:
-        """The text, decoded, with LF at the ends of lines; empty when there is none."""
+        """The text, decoded, with LF as the line end; empty if there is none."""
         return self._read.text
 
     @property
     def html(self) -> str:
-        """The HTML, decoded, with LF at the ends of lines; empty when there is none."""
+        """The HTML, decoded, with LF as the line end; empty if there is none."""
         return self._read.html
 
     @property
@@ -99,27 +99,27 @@ class ReceivedMessage:
 
     @property
     def links(self) -> tuple[str, ...]:
-        """The URLs in the text and the targets of the links in the HTML, each once."""
+        """The URLs in the text and the targets of links in the HTML, each once."""
         return self._read.links
 
     def __repr__(self) -> str:
-        """Show what the log line of a mail shows."""
+        """Show the same as the log line of the mail."""
         shown = f"{self.mail_from} -> {', '.join(self.rcpt_tos)} [{self.subject}]"
         return f"<{printable(shown, _SHOWN_OCTETS)}>"
 
 
 class Server:
-    """An SMTP server on a free port of 127.0.0.1, which keeps its mails, while a `with` block runs.
+    """An SMTP server on a free port of 127.0.0.1 that keeps its mails while its `with` block runs.
 
     *tls*: `starttls` offers STARTTLS, `implicit` speaks TLS from the first octet; both need
-    `dsmtpd[tls]`. *smtputf8*, *auth*: whether these are offered. *max_size*: the largest message,
-    in octets; 0 sets no limit. *fail*: a rule as of `--fail`, or several.
+    trustme. *smtputf8*, *auth*: whether to offer these. *max_size*: the largest message, in octets;
+    0 sets no limit. *fail*: a rule like that of `--fail`, or several.
 
-    *host*, *port*: where it listens. *ca*: with *tls*, the certificate in PEM that clients are to
+    *host*, *port*: where it listens. *ca*: with *tls*, the certificate in PEM that clients have to
     trust, else None.
 
-    Raises `ValueError` for a *tls* or a *max_size* that makes no sense, `RuleError` for a rule, and
-    `TLSError` when there is no certificate for TLS.
+    Raises `ValueError` if *tls* or *max_size* makes no sense, `RuleError` if a rule does not, and
+    `TLSError` if there is no certificate for TLS.
     """
 
     host: str
@@ -134,7 +134,7 @@ class Server:
         max_size: int = DEFAULT_MAX_SIZE,
         fail: str | Iterable[str] = (),
     ) -> None:
-        """Listen nowhere yet."""
+        """Do not listen yet."""
         if tls not in {"starttls", "implicit", None}:
             raise ValueError(f"tls: {tls!r} is neither starttls nor implicit")
         if not isinstance(max_size, int) or max_size < 0:
@@ -152,7 +152,7 @@ class Server:
         self.ca = None if self._listener.ca is None else self._listener.ca.decode()
 
     def __enter__(self) -> Self:
-        """Listen; raises `ListenError` where the system does not allow that."""
+        """Listen; raises `ListenError` if the system does not allow that."""
         self._listener.__enter__()
         self.host, self.port = self._listener.host, self._listener.port
         return self
@@ -165,14 +165,14 @@ class Server:
     def messages(self) -> tuple[ReceivedMessage, ...]:
         """The mails that have arrived, oldest first.
 
-        When the server has answered `250`, the mail is there.
+        Once the server has replied `250`, the mail is there.
         """
         return tuple(self._inbox.messages)
 
     def wait(self, count: int = 1, timeout: float = 10) -> tuple[ReceivedMessage, ...]:
         """Return the mails once there are at least *count*.
 
-        Raises `TimeoutError` after *timeout* seconds; its text shows what did arrive.
+        Raises `TimeoutError` after *timeout* seconds; its text lists the mails that did arrive.
         """
         __tracebackhide__ = True  # pytest shows the line of the test.
         arrived = self._inbox.wait(count, timeout)
@@ -186,13 +186,13 @@ class Server:
         self._inbox.clear()
 
     def fail(self, rules: str | Iterable[str]) -> None:
-        """From now on, have replies fail by *rules* instead of earlier ones; raises `RuleError`."""
+        """Make replies fail by *rules* from now on, not by earlier ones; raises `RuleError`."""
         texts = [rules] if isinstance(rules, str) else rules
         self._listener.fail([Rule.parse(text) for text in texts])
 
 
 class _Inbox:
-    """The handler of a server: it keeps what arrives."""
+    """The handler of a server: it keeps the mails that arrive."""
 
     def __init__(self) -> None:
         self.messages: list[ReceivedMessage] = []
@@ -207,7 +207,7 @@ class _Inbox:
         return "250 OK"
 
     def wait(self, count: int, timeout: float) -> tuple[ReceivedMessage, ...]:
-        """Return what is there after *timeout* seconds, or once it is at least *count*."""
+        """Return the mails once there are *count*, or after *timeout* seconds."""
         with self._arrival:
             self._arrival.wait_for(lambda: len(self.messages) >= count, timeout)
             return tuple(self.messages)
@@ -220,12 +220,12 @@ class _Inbox:
 def messages(maildir: str | os.PathLike[str]) -> tuple[ReceivedMessage, ...]:
     """Return the mails in a *maildir*, read or not, oldest first.
 
-    Those that another program than dsmtpd has stored have an empty envelope. Raises `OSError` when
-    there is no such Maildir.
+    Mails that another program has stored have an empty envelope. Raises `OSError` if there is no
+    such Maildir.
     """
     folder = Path(maildir).expanduser()
     for _ in range(_ATTEMPTS - 1):
-        with suppress(FileNotFoundError):  # A mail program moves mails to cur/, and renames them.
+        with suppress(FileNotFoundError):  # A mail program moves mails to cur/ and renames them.
             return _messages(folder)
     return _messages(folder)
 
@@ -237,7 +237,7 @@ def _messages(folder: Path) -> tuple[ReceivedMessage, ...]:
 
 
 def _stored(octets: bytes) -> ReceivedMessage:
-    """Return the mail in *octets*, which begin with its envelope, if dsmtpd has stored it."""
+    """Return the mail in *octets*, with its envelope if dsmtpd has stored it."""
     match = _ENVELOPE.match(octets)
     if match is None:
         return ReceivedMessage("", (), "", octets)

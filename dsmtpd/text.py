@@ -1,4 +1,4 @@
-"""What comes from the network, as text that is safe to show: decoded, escaped and bounded."""
+"""Turns octets from the network into text that is safe to show: decoded, escaped, bounded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from unicodedata import category
 # The most octets that `printable` returns by default: a line of the log has at most 16 KiB.
 _MOST_OCTETS = 12 * 1024
 
-# It begins at the first of many CR, or to look for it would be quadratic.
+# It begins at the first of several CR, as searching for it would be quadratic otherwise.
 _FOLD = re.compile(rb"(?:(?<!\r)\r*\n|\r)[ \t]+")
 _LINE_END = re.compile("\r\n?")
 
-# RFC 2047, section 2, with some question marks that should have been encoded; white space between
-# two encoded words is not shown (section 6.2).
+# RFC 2047, section 2, also with a few question marks that should have been encoded. White space
+# between two encoded words is not shown (section 6.2).
 _WORD = r"=\?([^?\s]+)\?([bq])\?([^?]*(?:\?(?!=)[^?]*){0,5})\?="
 _ENCODED_WORD = re.compile(_WORD, re.IGNORECASE)
 _ENCODED_WORDS = re.compile(rf"(?:{_WORD}\s*)*{_WORD}", re.IGNORECASE)
 
-# What people mean by a charset's label, where Python does not: as the Encoding Standard of WHATWG
-# has it, and some names of databases and code pages.
+# Labels of charsets by which people mean something else than Python does, as in WHATWG's Encoding
+# Standard, and some names of databases and code pages.
 _CHARSETS = {
     "ascii": "cp1252",
     "big5": "big5hkscs",
@@ -47,16 +47,16 @@ _CHARSETS = {
     "x_gbk": "gb18030",
     "x_sjis": "cp932",
 }
-# What calls itself ASCII, as all that has no label does, often is not (RFC 2045, section 5.2).
+# Text labelled ASCII, or not labelled at all, often is not ASCII (RFC 2045, section 5.2).
 _DEFAULT = {"", "ascii", "us-ascii"}
 _CODE_PAGE = re.compile(r"(?:dos|cp)_([0-9]{3,4})")
 _KNOWN = {*aliases, *aliases.values(), *_CHARSETS.values()}
 
-# Codecs of text that are no charsets: how Python's source is read, with warnings that show what the
-# mail holds, and how names of hosts are, in quadratic time.
+# Text codecs that are no charsets: those of Python's source, whose warnings would show the mail's
+# text, and those of host names, which are quadratic.
 _NO_CHARSETS = {"unicode-escape", "raw-unicode-escape", "idna", "punycode"}
 
-# The bits of the last two code points of each plane, which never become characters.
+# The bits of the last two code points of each plane, which are never characters.
 _NONCHARACTER = 0xFFFE
 
 
@@ -69,10 +69,10 @@ def endpoint(address: Any) -> str:
 
 
 def printable(text: str, most: int = _MOST_OCTETS) -> str:
-    r"""Return *text* with all that is not to be seen escaped, as in `\x1b` or `\u202e`.
+    r"""Return *text* with everything that is not printable escaped, as in `\x1b` or `\u202e`.
 
-    It can then neither forge a line of the log nor drive the terminal that shows it. A result of
-    more than *most* octets (in UTF-8) is cut, and ends with `...`.
+    The result can neither forge a line of the log nor control the terminal that shows it. If it is
+    longer than *most* octets (in UTF-8), it is cut and ends with `...`.
     """
     if not text.isprintable():
         text = "".join(c if _is_shown(c) else repr(c)[1:-1] for c in text[: most + 1])
@@ -83,10 +83,10 @@ def printable(text: str, most: int = _MOST_OCTETS) -> str:
 
 
 def _is_shown(character: str) -> bool:
-    """Tell whether *character* is shown as it is.
+    """Return whether *character* is shown as it is.
 
-    Beyond what Python calls printable these are all spaces, the joiners that Persian and emoji
-    need, and characters that are newer than this Python.
+    Besides those that Python calls printable, these are all spaces, the joiners that Persian and
+    emoji need, and characters that are newer than this Python.
     """
     if character.isprintable() or character in "\u200c\u200d":
         return True
@@ -98,8 +98,9 @@ def _is_shown(character: str) -> bool:
 def decoded(value: bytes) -> str:
     """Return the *value* of a header field as text.
 
-    Octets are UTF-8 if any two of them are, else windows-1252. Broken encoded words stay as they
-    were sent. Of the unknown charsets only one is looked up: Python remembers each for ever.
+    The octets are UTF-8 if any non-ASCII character in them is, else windows-1252. Broken encoded
+    words stay as they were sent. Only one unknown charset is looked up: Python remembers each one
+    forever.
     """
     unknown: set[str] = set()
 
@@ -110,7 +111,7 @@ def decoded(value: bytes) -> str:
 
 
 def decoded_body(octets: bytes, label: str) -> str:
-    """Return *octets* as text by the *label* of a charset, which may be empty, unknown or wrong.
+    """Return *octets* as text in the charset of a *label*, which may be empty, unknown or wrong.
 
     Its lines end with LF.
     """
@@ -127,7 +128,7 @@ def unfolded(value: bytes) -> bytes:
 
 
 def _guessed(octets: bytes) -> str:
-    """Return *octets* as text: as UTF-8 if any two of them are, else as windows-1252."""
+    """Return *octets* as text: UTF-8 if any non-ASCII character in them is, else windows-1252."""
     text = octets.decode("utf-8", "replace")
     if "\ufffd" in text and all(c < "\x80" or c == "\ufffd" for c in text):
         return octets.decode("cp1252", "replace")
@@ -135,7 +136,7 @@ def _guessed(octets: bytes) -> str:
 
 
 def _decoded_words(words: str, unknown: set[str]) -> str:
-    """Return a run of encoded *words* as text, or unchanged when it is broken (RFC 2047)."""
+    """Return a run of encoded *words* as text, or unchanged if it is broken (RFC 2047)."""
     found = ((_codec(match), match) for match in _ENCODED_WORD.finditer(words))
     try:
         return "".join(
@@ -147,15 +148,15 @@ def _decoded_words(words: str, unknown: set[str]) -> str:
 
 
 def _codec(word: re.Match[str]) -> str:
-    """Return Python's name of the charset of an encoded *word*."""
+    """Return Python's name for the charset of an encoded *word*."""
     if not word[3].isascii():
-        return "utf_8"  # What should have been encoded has been read as such.
+        return "utf_8"  # It should have been encoded, but was sent as UTF-8.
     # A charset may be followed by a language (RFC 2231, section 5).
     return _labelled(word[1].partition("*")[0])
 
 
 def _labelled(label: str) -> str:
-    """Return Python's name of the charset that people call by a *label*."""
+    """Return Python's name for the charset that people mean by a *label*."""
     label = _CODE_PAGE.sub(r"cp\1", label.lower().replace("-", "_"))
     return _CHARSETS.get(label, label)
 
@@ -168,7 +169,7 @@ def _octets(word: re.Match[str]) -> bytes:
 
 
 def _text(codec: str, octets: bytes, unknown: set[str]) -> str:
-    """Return *octets* as text; keep in *unknown* the one codec that may be looked up."""
+    """Return *octets* as text; *unknown* keeps the one unknown codec that may be looked up."""
     if not codec.isascii():
         raise LookupError(codec)
     if codec not in _KNOWN and codec not in unknown:

@@ -1,4 +1,4 @@
-"""The certificate that the server shows, and TLS as a layer without I/O."""
+"""The server's certificate, and TLS as a layer without I/O."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARK = b"# The CA of a dsmtpd, made when that started.\n"
 # The largest piece of plain text that TLS encrypts at once, in octets (RFC 8446, section 5.1).
 _RECORD = 16 * 1024
 
-# What OpenSSL says of clients that speak no TLS, or an old one, and what that means.
+# What OpenSSL says about clients that speak no TLS, or only old versions, and what it means.
 _REASONS = {
     "HTTP_REQUEST": "the client speaks HTTP",
     "WRONG_VERSION_NUMBER": "the client speaks plain text",
@@ -37,13 +37,13 @@ _NOT_REGULAR = "Not a regular file"
 
 
 class TLSError(Exception):
-    """The server cannot speak TLS; the text tells the file and the reason."""
+    """The server cannot speak TLS; the text names the file and the reason."""
 
 
 def certificate(options: Options) -> tuple[ssl.SSLContext | None, bytes | None]:
-    """Return what holds the certificate that *options* name, or a generated one.
+    """Return a context with the certificate that *options* name, or with a generated one.
 
-    With a generated one comes its CA, in PEM; without TLS there is neither. Raises `TLSError`.
+    A generated one comes with its CA in PEM; without TLS there is neither. Raises `TLSError`.
     """
     if options.tls is None:
         return None, None
@@ -57,7 +57,7 @@ def certificate(options: Options) -> tuple[ssl.SSLContext | None, bytes | None]:
 
 @contextmanager
 def ca_file(ca: bytes | None, path: str | None) -> Iterator[str | None]:
-    """Yield the name of a file with *ca*, if there is one: *path*, which stays, or a temporary one.
+    """Write *ca*, if there is one, to *path*, which stays, or to a temporary file; yield its name.
 
     Raises `TLSError`.
     """
@@ -77,7 +77,7 @@ class Layer:
 
     *cipher*: the cipher, the TLS version and the secret bits, as `ssl.SSLObject.cipher` has them;
     None until the handshake is done.
-    *ended*: whether the client has said that it sends nothing more.
+    *ended*: whether the client has announced that it sends nothing more.
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
@@ -93,11 +93,11 @@ class Layer:
         return self._object.version()
 
     def receive(self, octets: bytes) -> bytes:
-        """Return what *octets* of the client mean; what is to be sent then is in `outgoing`.
+        """Decrypt *octets* of the client; afterwards, `outgoing` has what must be sent.
 
-        Raises `ssl.SSLError` when that is no TLS, or when there can be no session.
+        Raises `ssl.SSLError` if they are not TLS, or if no session is possible.
         """
-        # Piece by piece, since the buffer for them never shrinks.
+        # In pieces, since the buffer for them never shrinks.
         view = memoryview(octets)
         pieces = (view[begin : begin + _RECORD] for begin in range(0, len(octets), _RECORD))
         return b"".join(record for piece in pieces for record in self._records(piece))
@@ -114,7 +114,7 @@ class Layer:
             self.ended = True
 
     def outgoing(self) -> bytes:
-        """Return the octets that are to be sent to the client."""
+        """Return the octets that must be sent to the client."""
         return self._outgoing.read()
 
     def send(self, octets: bytes) -> None:
@@ -122,8 +122,8 @@ class Layer:
         self._object.write(octets)
 
     def close(self) -> None:
-        """Say that nothing more is sent (RFC 8446, section 6.1)."""
-        # It also waits for the client to say so, which nobody does here.
+        """Announce that nothing more is sent (RFC 8446, section 6.1)."""
+        # It would also wait for the client to do the same, which we do not.
         with suppress(ssl.SSLError):
             self._object.unwrap()
 
@@ -139,7 +139,7 @@ def failure(error: ssl.SSLError) -> str:
 
 
 def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
-    """Load the certificate of the file *cert*, with its key of the file *key*, or of the same."""
+    """Load the certificate in the file *cert* and its key in the file *key*, or in the same."""
     for path in filter(None, (cert, key)):
         if _is_special(Path(path)):
             raise TLSError(f"Cannot use {path}: {_NOT_REGULAR}")
@@ -156,7 +156,7 @@ def _load(context: ssl.SSLContext, cert: str, key: str | None) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Tell whether *path* is a FIFO, a socket or a device, on which one may wait for ever."""
+    """Return whether *path* is a FIFO, a socket or a device, which may block forever."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -165,7 +165,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _fault(cert: str, key: str, error: OSError) -> tuple[str, str]:
-    """Return which of two files is at fault for *error*, which does not name it, and why."""
+    """Return which of two files caused *error*, which does not say so, and why."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cert)
     except ssl.SSLError:
@@ -187,26 +187,26 @@ def _generate(context: ssl.SSLContext, interface: str) -> bytes:
         import trustme  # noqa: PLC0415  # an extra, and slow to import
     except ImportError:
         raise TLSError(
-            "Cannot make a certificate: pip install 'dsmtpd[tls]', or name one with --tls-cert"
+            "Cannot generate a certificate: install trustme, or name one with --tls-cert"
         ) from None
     ca = trustme.CA(organization_name="dsmtpd")
     names = dict.fromkeys(("localhost", "127.0.0.1", "::1", gethostname(), interface))
     generated = ca.issue_cert(*(name for name in names if _can_be_certified(ca, name)))
     try:
-        with signals.blocked():  # It goes by way of a temporary file.
+        with signals.blocked():  # It passes the key through a temporary file.
             generated.configure_cert(context)
     except OSError as error:
-        raise TLSError(f"Cannot make a certificate: {error.strerror}") from error
+        raise TLSError(f"Cannot generate a certificate: {error.strerror}") from error
     return ca.cert_pem.bytes()
 
 
 @contextmanager
 def _temporary() -> Iterator[str]:
-    """Yield the name of a file that goes at the end."""
+    """Yield the name of a file that is removed at the end."""
     import tempfile  # noqa: PLC0415  # slow to import
 
     descriptor, name = tempfile.mkstemp(prefix="dsmtpd-ca-", suffix=".pem")
-    os.close(descriptor)  # Windows replaces no file that is open.
+    os.close(descriptor)  # Windows cannot replace an open file.
     try:
         yield name
     finally:
@@ -215,7 +215,7 @@ def _temporary() -> Iterator[str]:
 
 
 def _can_be_certified(ca: trustme.CA, name: str) -> bool:
-    """Tell whether *name* can stand in a certificate, which, say, `my_host` cannot."""
+    """Return whether a certificate can contain *name*; `my_host`, for example, cannot be in one."""
     try:
         ca.issue_cert(name)
     except ValueError:
@@ -224,7 +224,7 @@ def _can_be_certified(ca: trustme.CA, name: str) -> bool:
 
 
 def _write(file: Path, pem: bytes) -> None:
-    """Write the CA to a new file and move it to *file*, but never over somebody else's work."""
+    """Write the CA to a new file and move it to *file*, but never over another program's file."""
     with suppress(FileNotFoundError):
         if fault := _fault_of_ca(file, file.lstat()):
             raise TLSError(f"Cannot write the CA to {file}: {fault}")
@@ -248,4 +248,4 @@ def _fault_of_ca(file: Path, status: os.stat_result) -> str | None:
         return None  # A link is replaced. A folder cannot be.
     if file.read_bytes().startswith(_MARK):
         return None
-    return "It has been written by another program"
+    return "Another program has written it"

@@ -89,7 +89,7 @@ def test_the_other_mechanisms_ask_for_all_at_once(
 def test_the_other_mechanisms_take_nothing_else(mechanism: str, response: bytes) -> None:
     exchange = MECHANISMS[mechanism]()
     next(exchange)
-    with pytest.raises(AuthError, match=rf"^501 5\.5\.2 {mechanism} takes "):
+    with pytest.raises(AuthError, match=rf"^501 5\.5\.2 {mechanism} needs "):
         exchange.send(response)
 
 

@@ -68,11 +68,11 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--foo"], "Unexpected argument: '--foo'"),
         (["-x"], "Unexpected argument: '-x'"),
-        (["--prot=25"], "Unexpected argument: '--prot=25'; perhaps --port was meant"),
-        (["--directry", "x"], "Unexpected argument: '--directry'; perhaps --directory was meant"),
+        (["--prot=25"], "Unexpected argument: '--prot=25'; did you mean --port?"),
+        (["--directry", "x"], "Unexpected argument: '--directry'; did you mean --directory?"),
         (
             ["--tls-cerificate=x"],
-            "Unexpected argument: '--tls-cerificate=x'; perhaps --tls-cert was meant",
+            "Unexpected argument: '--tls-cerificate=x'; did you mean --tls-cert?",
         ),
         (["-p", "1", "spam"], "Unexpected argument: 'spam'"),
         (["-p", "1", "--port=2"], "Unexpected argument: '--port=2'"),
@@ -109,7 +109,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--tls=implicit", "--tls-ca="], "--tls-ca: '' is not a file"),
         (
             ["--tls=implicit", "--tls-cert=x", "--tls-ca=x"],
-            "--tls-ca: A CA is made only without --tls-cert",
+            "--tls-ca makes no sense with --tls-cert",
         ),
         (["-d", "~no.such.user/x"], "--directory: '~no.such.user/x' names a user without a home"),
     ],

@@ -243,7 +243,7 @@ def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(
     replies = clock.run_until_complete(run())
     assert codes(replies) == [220, 250, 250, 250, 354, 250, 250, 250, 354, 421]
     assert handler.contents == [b"slowly\r\n"]
-    where = "in the middle of a mail from a@x for b@x, of which 5 octets had come"
+    where = "in the middle of a mail from a@x for b@x, after 5 octets"
     assert troubles(caplog) == [("WARNING", f": The client has sent nothing for 300 s {where}")]
 
 

@@ -150,7 +150,7 @@ def ask(*commands: str, offer: Offer = OFFER) -> Outcome:
 
 
 LF_ALONE = (
-    "The client ends lines with LF alone, without CR, and so never ends its mail from a@x for b@x"
+    "The client ends lines with LF alone, without CR, which does not end its mail from a@x for b@x"
 )
 OFFERED = "AUTH PLAIN LOGIN OAUTHBEARER XOAUTH2"
 
@@ -460,8 +460,8 @@ def test_any_credentials_are_accepted_and_only_the_name_is_logged(
         ("501 5.5.2 Cannot decode base64", ["PLAIN secret!", "PLAIN,secret!", "PLAIN é"]),
         ("501 5.5.2 Cannot decode base64", ["PLAIN,\udcff", "PLAIN \udcff", "LOGIN,QUIT now"]),
         ("501 5.5.2 Cannot decode base64", [f"LOGIN,{USER},secret!"]),
-        ("501 5.5.2 PLAIN takes three values", [f"PLAIN {PASSWORD}", "PLAIN =", "PLAIN,"]),
-        ("501 5.5.2 LOGIN takes a name without NUL", [f"LOGIN {PLAIN},="]),
+        ("501 5.5.2 PLAIN needs three values", [f"PLAIN {PASSWORD}", "PLAIN =", "PLAIN,"]),
+        ("501 5.5.2 LOGIN needs a name without NUL", [f"LOGIN {PLAIN},="]),
     ],
 )
 def test_after_an_exchange_that_fails_the_client_may_try_again(
@@ -533,7 +533,7 @@ def test_starttls_forgets_what_came_in_clear() -> None:
 def test_what_is_sent_after_starttls_in_clear_is_dropped_and_reported(injected: bytes) -> None:
     conversation = begin(STARTTLS)
     conversation.receive(b"RSET\r\nSTARTTLS\r\n" + injected)
-    text = "What was sent after STARTTLS, without waiting for the reply, is dropped"
+    text = "Dropped what was sent after STARTTLS without waiting for the reply"
     whole = outcome(pull(conversation))
     octets = b"250 OK\r\n220 Ready to start TLS\r\n"
     assert whole == Outcome(octets, [Report(text), Control.BEGIN_TLS])
@@ -952,7 +952,7 @@ def test_each_octet_of_a_mail_is_copied_once() -> None:
         ),
         (f"AUTH {'x' * 21}", "AUTH was refused: 504 5.5.4 Unrecognized authentication mechanism"),
         ("AUTH sécret", "AUTH was refused: 504 5.5.4 Unrecognized authentication mechanism"),
-        ("AUTH PLAIN secret", "AUTH PLAIN was refused: 501 5.5.2 PLAIN takes three values"),
+        ("AUTH PLAIN secret", "AUTH PLAIN was refused: 501 5.5.2 PLAIN needs three values"),
         ("AUTH PLAIN !", "AUTH PLAIN was refused: 501 5.5.2 Cannot decode base64"),
         (
             "NOOP " + "x" * 12_284,
@@ -992,7 +992,7 @@ def test_a_response_that_is_refused_is_not_shown() -> None:
     whole = ask("AUTH LOGIN", USER, "secret!", "AUTH PLAIN", "secret")
     assert whole.refusals == (
         "A response to AUTH LOGIN was refused: 501 5.5.2 Cannot decode base64",
-        "A response to AUTH PLAIN was refused: 501 5.5.2 PLAIN takes three values",
+        "A response to AUTH PLAIN was refused: 501 5.5.2 PLAIN needs three values",
     )
     assert "secret" not in repr(whole)
 
@@ -1020,7 +1020,7 @@ def test_a_mail_that_breaks_off_is_reported(*, eof: bool) -> None:
         conversation.receive_eof()
     else:
         conversation.lost()
-    text = "The client left in the middle of a mail from a@x for b@x, of which 6 octets had come"
+    text = "The client left in the middle of a mail from a@x for b@x, after 6 octets"
     assert pull(conversation) == [Report(text), *[Control.CLOSE] * eof]
 
 
@@ -1045,7 +1045,7 @@ def test_a_client_that_leaves_between_two_mails_is_not_reported(
 def test_a_client_that_is_cut_is_reported_with_the_reason() -> None:
     conversation = begin(OFFER, EHLO + BEGIN)
     conversation.lost("It sleeps")
-    text = "It sleeps in the middle of a mail from a@x for b@x, of which 0 octets had come"
+    text = "It sleeps in the middle of a mail from a@x for b@x, after 0 octets"
     assert pull(conversation) == [Report(text)]
     conversation = begin(OFFER, EHLO)
     conversation.lost("It sleeps")

@@ -636,7 +636,7 @@ def test_without_a_thread_for_that_the_start_is_logged_all_the_same(
     assert f"Storing the incoming emails into {tmp_path}" in caplog.messages
 
 
-NO_LONGER = "dsmtpd does not wait for the disk any longer"
+NO_LONGER = "dsmtpd no longer waits for the disk"
 
 
 def test_a_disk_that_hangs_does_not_keep_the_process(
@@ -668,7 +668,7 @@ def test_a_disk_that_hangs_does_not_keep_the_process(
         main(["-p", "0", "-d", str(tmp_path)])
     assert raised.value.code == 0
     assert caplog.messages[-2:] == [
-        f"A mail has not been stored within 0.2 s: {NO_LONGER}",
+        f"A mail could not be stored within 0.2 s: {NO_LONGER}",
         "Cleaning up",
     ]
 
@@ -700,7 +700,7 @@ def test_a_folder_that_hangs_does_not_keep_the_process(
     with pytest.raises(SystemExit) as raised:
         main(["-p", "0", "-d", str(tmp_path)])
     assert raised.value.code == 0
-    what = f"The mails in {tmp_path} have not been counted"
+    what = f"The mails in {tmp_path} could not be counted in time"
     assert caplog.messages[-2:] == [f"{what}: {NO_LONGER}", "Cleaning up"]
 
 

@@ -35,9 +35,9 @@ def test_a_rule_names_stage_code_pattern_and_times(text: str, rule: Rule) -> Non
             "rcpt:delay=-1",
             "'delay=-1' is neither a code from 400 to 599, nor drop or delay=SECONDS",
         ),
-        ("rcpt:451:*:0", "'0' is not how often, a number from 1"),
-        ("rcpt:451:*:two", "'two' is not how often, a number from 1"),
-        ("connect:421:::1", "'1' is too much; in a pattern, ? stands for a colon"),
+        ("rcpt:451:*:0", "'0' is not a number of times, 1 or more"),
+        ("rcpt:451:*:two", "'two' is not a number of times, 1 or more"),
+        ("connect:421:::1", "'1' is one field too many; in a pattern, write ? for a colon"),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_told_by_its_wrong_part(text: str, wrong: str) -> None:

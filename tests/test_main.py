@@ -139,7 +139,7 @@ def test_a_printed_mail_is_on_stdout_when_it_is_accepted(start: Start, tmp_path:
 def test_a_closed_stdout_stops_the_printing_alone(start: Start, tmp_path: Path) -> None:
     run = ["sh", "-c", 'exec "$@" >&-', "sh", *RUN]
     daemon = start("-p", "0", "-d", str(tmp_path), "--print", "text", run=run)
-    assert "WARNING: Mails are not printed any more: Bad file descriptor" in daemon.line()
+    assert "WARNING: Mails are no longer printed: Bad file descriptor" in daemon.line()
     port = daemon.port()
     for _ in range(2):
         send(port)
@@ -155,7 +155,7 @@ def test_a_full_pipe_as_stdout_does_not_delay_the_end(start: Start) -> None:
     code, lines = daemon.end(signal.SIGTERM)
     assert time.monotonic() - begin < END_SECONDS
     assert code == 0
-    assert "WARNING: Mails are not printed any more: Nobody reads them" in lines[-2]
+    assert "WARNING: Mails are no longer printed: Nobody reads them" in lines[-2]
     assert lines[-1].endswith("INFO: Cleaning up")
 
 
@@ -331,7 +331,7 @@ def test_a_signal_at_the_start_ends_it_at_once_without_a_traceback(
     assert start(*arguments, run=run).end() == (-number, [])
 
 
-NO_LONGER = "dsmtpd does not wait for the disk any longer"
+NO_LONGER = "dsmtpd no longer waits for the disk"
 
 # A call of the system that never returns, but tells that it has begun.
 HANG = """
@@ -377,7 +377,7 @@ def test_a_signal_ends_it_also_while_the_mails_are_counted(start: Start, tmp_pat
     code, lines = daemon.end(signal.SIGTERM)
     assert code == 0
     assert [line.split(" ", 2)[2] for line in lines] == [
-        f"ERROR: The mails in {tmp_path} have not been counted: {NO_LONGER}",
+        f"ERROR: The mails in {tmp_path} could not be counted in time: {NO_LONGER}",
         "INFO: Cleaning up",
     ]
 
@@ -448,7 +448,7 @@ def test_a_disk_that_hangs_does_not_delay_the_end_for_ever(
         client.close()
     assert code == 0
     assert [line.split(" ", 2)[2] for line in lines[-2:]] == [
-        f"ERROR: A mail has not been stored within 0.5 s: {NO_LONGER}",
+        f"ERROR: A mail could not be stored within 0.5 s: {NO_LONGER}",
         "INFO: Cleaning up",
     ]
     assert len(list((tmp_path / "new").iterdir())) == in_loop

@@ -225,9 +225,9 @@ def test_the_longest_of_several_long_lines_counts_and_a_bare_lf_ends_a_line() ->
         ),
         (
             b"From app@x Thu Jan  1 00:00:00 2026\r\nFrom: app@x\r\nSubject: W\r\n\r\nHi",
-            ["line 1 is one of an mbox file"],
+            ["line 1 is a From line of an mbox file"],
         ),
-        (HEAD + b">From x\r\nSubject: W\r\n\r\n", ["line 2 is one of an mbox file"]),
+        (HEAD + b">From x\r\nSubject: W\r\n\r\n", ["line 2 is a From line of an mbox file"]),
         (
             "From: a@x\r\nSubject: Café\r\n\r\né".encode(),
             ["octets beyond ASCII in the header without SMTPUTF8, first in line 2"],

@@ -126,7 +126,7 @@ def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
         ("FROM :<a@x>", "a@x", ["a space before the colon"]),
         ("FROM:<a@x>\tSIZE=1", "a@x", []),
         (f"FROM:<@{'r' * 90}:a@x>", f"@{'r' * 90}:a@x", []),
-        ("FROM:<a@x>SIZE=1", "a@x", ["a missing space behind the path"]),
+        ("FROM:<a@x>SIZE=1", "a@x", ["a missing space after the path"]),
         (f"FROM:<{'l' * 65}@x>", f"{'l' * 65}@x", [LOCAL_PART]),
         (f"FROM:<{'é' * 33}@x>", f"{'é' * 33}@x", [LOCAL_PART]),
         (f'FROM:<"{"l" * 31}@{"l" * 31}"@x>', f'"{"l" * 31}@{"l" * 31}"@x', [LOCAL_PART]),

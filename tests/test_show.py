@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Literal, TextIO
 
 LINK = "https://shop.example/reset/" + "MQ/" * 50
-ENDED = "Mails are not printed any more: "
+ENDED = "Mails are no longer printed: "
 
 
 def message(content: bytes) -> Message:

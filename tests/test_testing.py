@@ -228,7 +228,7 @@ def test_options_that_make_no_sense_are_told() -> None:
 
 def test_what_tls_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    with pytest.raises(TLSError, match="Cannot make a certificate"):
+    with pytest.raises(TLSError, match="Cannot generate a certificate"):
         Server(tls="starttls")
 
 

@@ -328,9 +328,7 @@ def test_commands_injected_after_starttls_are_dropped(
     assert handler.envelopes == []
     first, second = troubles(caplog)
     assert (first[0], second[0]) == ("WARNING", "WARNING")
-    assert first[1].endswith(
-        ": What was sent after STARTTLS, without waiting for the reply, is dropped"
-    )
+    assert first[1].endswith(": Dropped what was sent after STARTTLS without waiting for the reply")
     assert second[1].endswith(": RCPT TO:<b@x> was refused: 503 Error: need MAIL command")
 
 
@@ -773,7 +771,7 @@ def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trust
     with ca_file(b"ca", str(file)):
         content = ca.cert_pem.bytes() + file.read_bytes()
     file.write_bytes(content)
-    assert refusal_of_ca(file) == "It has been written by another program"
+    assert refusal_of_ca(file) == "Another program has written it"
     assert file.read_bytes() == content
 
 
@@ -868,7 +866,7 @@ def test_a_temporary_file_that_cannot_be_created_is_reported_in_one_line(
         pass
     line = "Cannot write the CA to a temporary file: No such file or directory"
     assert str(raised.value) == line
-    assert refusal() == "Cannot make a certificate: No such file or directory"
+    assert refusal() == "Cannot generate a certificate: No such file or directory"
 
 
 @posix
@@ -889,7 +887,7 @@ def test_no_signal_leaves_the_file_behind_by_which_a_made_key_goes(
 
 def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    line = "Cannot make a certificate: pip install 'dsmtpd[tls]', or name one with --tls-cert"
+    line = "Cannot generate a certificate: install trustme, or name one with --tls-cert"
     assert refusal() == line
 
 
