@@ -242,9 +242,13 @@ class Connection(asyncio.BufferedProtocol):
                 transport.resume_reading()
 
     def _take_turn(self) -> None:
-        self._turn, self._is_delayed = None, False
-        self._heard = self._loop.time()
+        self._turn = None
         self._proceed()
+
+    def _end_delay(self) -> None:
+        self._is_delayed = False
+        self._heard = self._loop.time()
+        self._take_turn()
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Reply):
@@ -260,7 +264,7 @@ class Connection(asyncio.BufferedProtocol):
             self._log(logging.INFO, f"C: {action.text}")
         elif isinstance(action, Delay):
             self._is_delayed = True
-            self._turn = self._loop.call_later(action.seconds, self._take_turn)
+            self._turn = self._loop.call_later(action.seconds, self._end_delay)
         elif action is Control.CUT:
             self.flush()
             self._cut()

@@ -594,6 +594,20 @@ def test_a_reply_that_is_delayed_comes_later_and_reading_waits_for_it(clock: Clo
     clock.run_until_complete(talk())
 
 
+def test_a_client_is_not_cut_for_the_time_that_a_delay_takes(clock: Clock) -> None:
+    async def talk() -> list[bytes]:
+        wire = Wire(Handler(), failures=(Rule.parse("mail:delay=250"),))
+        await wire.open()
+        await wire.send(b"HELO x\r\nMAIL FROM:<a@x>\r\n")
+        for seconds in (250, 299):
+            clock.ahead += seconds
+            await turns(6)
+        await wire.send(b"NOOP\r\n")
+        return await wire.replies()
+
+    assert codes(clock.run_until_complete(talk())) == [220, 250, 250, 250]
+
+
 def test_a_connection_that_is_to_be_cut_is_told_what_was_said_before() -> None:
     rule = Rule.parse("rcpt:drop")
     replies = converse(
