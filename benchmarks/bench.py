@@ -1,6 +1,6 @@
-"""Compares the speed and the memory of dsmtpd with those of other servers that swallow mails.
+"""Compares the speed and memory use of dsmtpd with those of other SMTP servers for testing.
 
-README.rst beside this file says what is measured, and how to read it.
+README.rst in this folder says what is measured, and how to read the results.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ CACHE = Path(__file__).resolve().parent / ".cache"
 
 PATIENCE = 120  # seconds, far more than anything here takes
 
-# smtp-source and smtp-sink are installed where only root's PATH leads.
+# smtp-source and smtp-sink are in /usr/sbin, which is only in root's PATH.
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
 class BenchError(Exception):
-    """Something that cannot be measured; the text says why."""
+    """Something cannot be measured; the text says why."""
 
 
 class Server(NamedTuple):
     """A server to measure.
 
-    *command*: has places for {port}, a free port, and {folder}, one to store in.
-    *rival*: the dsmtpd that does the same, with which it is compared; empty for those themselves.
-    *requirement*: what pip installs for it, into an environment of its own.
-    *without*: the loads that it does not bear.
+    *command*: {port} stands for a free port, {folder} for the folder to store in.
+    *rival*: the dsmtpd that does the same, to compare it with; empty for dsmtpd itself.
+    *requirement*: what pip installs for it, into its own environment.
+    *without*: the loads that it cannot handle.
     """
 
     name: str
@@ -60,7 +60,7 @@ const onData = (stream, session, done) => stream.on("end", done).resume();
 new SMTPServer({authOptional: true, disabledCommands: ["STARTTLS"], onData})
   .listen(Number(process.argv[1]), "127.0.0.1");
 """
-# When root starts it, smtp-sink wants to be told whom to become.
+# As root, smtp-sink requires a user to switch to.
 USER = ("-u", "nobody") if os.geteuid() == 0 else ()
 
 MAILDIR = (*LISTENING, "-d", "{folder}/mails")
@@ -71,7 +71,7 @@ SERVERS = (
     Server(STORING, (HERE, *MAILDIR)),
     Server("dsmtpd 1.2.1", ("dsmtpd", *MAILDIR), STORING, "dsmtpd==1.2.1"),
     Server("maildirsink 0.1.3", ("maildirsink", *SINK), STORING, "maildirsink==0.1.3"),
-    # It takes minutes for a large mail.
+    # It needs minutes for a large mail.
     Server("fakesmtpd 2026.7", ("fakesmtpd", *FAKE), STORING, "fakesmtpd==2026.7.0", ("big",)),
     Server(PLAIN, (HERE, *LISTENING)),
     Server("smtp-server 3.21.6", ("node", "-e", NODE, "{port}"), PLAIN),
@@ -80,9 +80,9 @@ SERVERS = (
 
 
 class Load(NamedTuple):
-    """What is sent: *mails* of *size* octets, by *sessions* at the same time.
+    """What to send: *mails* of *size* octets, in *sessions* concurrent sessions.
 
-    *keep*: each session keeps its connection, instead of making one for each mail.
+    *keep*: each session keeps its connection, instead of opening one for each mail.
     """
 
     name: str
@@ -99,22 +99,22 @@ LOADS = (
     Load("big", sessions=1, size=20_000_000, mails=10),
 )
 WARM_UP_MAILS = 300
-# What else is measured: milliseconds to the first greeting, and MiB at the most, after `big`.
+# Also measured: milliseconds until the first greeting, and the peak in MiB after `big`.
 START, MEMORY = "start", "memory"
 COLUMNS = (*(load.name for load in LOADS), START, MEMORY)
 
 
 def find(server: Server) -> list[str]:
-    """Return the command of *server*; if it cannot be had, say why, and return an empty one."""
+    """Return the command of *server*; if there is none, print why, and return an empty list."""
     try:
         return installed(server)
     except BenchError as error:
-        print(f"{server.name} is left out: {error}", file=sys.stderr)
+        print(f"Skipping {server.name}: {error}", file=sys.stderr)
         return []
 
 
 def installed(server: Server) -> list[str]:
-    """Return the command of *server*, which is installed if need be; raises `BenchError`."""
+    """Install *server* if necessary, and return its command; raises `BenchError`."""
     command = [*server.command]
     if server.requirement:
         environment = CACHE / f"{server.requirement}-{platform.python_version()}"
@@ -128,22 +128,22 @@ def installed(server: Server) -> list[str]:
 
 
 def path_of(name: str) -> str:
-    """Return where the program *name* is; raises `BenchError`."""
+    """Return the path of the program *name*; raises `BenchError`."""
     if path := shutil.which(name, path=PATH):
         return path
     raise BenchError(f"{name} is not installed")
 
 
 def run(*command: str) -> None:
-    """Run *command* to its end; raises `BenchError`."""
+    """Run *command*, and wait for its end; raises `BenchError`."""
     words = [path_of(command[0]), *command[1:]]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
-        raise BenchError(f"{command[0]} fails: {(done.stderr or done.stdout).strip()[-200:]}")
+        raise BenchError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[-200:]}")
 
 
 def greets(port: int) -> bool:
-    """Tell whether somebody on *port* says 220."""
+    """Return whether a server on *port* says 220."""
     try:
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
             greeting = client.recv(1024)
@@ -155,11 +155,11 @@ def greets(port: int) -> bool:
 
 @contextmanager
 def started(command: list[str], folder: str) -> Iterator[tuple[int, int, float]]:
-    """Start a server; yield its process, its port and the milliseconds that the start has taken."""
+    """Start a server; yield its process ID, its port and how many milliseconds the start took."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     words = [word.replace("{port}", str(port)).replace("{folder}", folder) for word in command]
-    # As users have it, Python finds what it has compiled at an earlier start.
+    # As for users, Python finds the bytecode from an earlier start.
     compiled = {"PYTHONDONTWRITEBYTECODE": ""}
     environment = {**os.environ, **compiled, "NODE_PATH": str(CACHE / "node_modules")}
     with (Path(folder) / "log").open("w") as log:
@@ -168,7 +168,7 @@ def started(command: list[str], folder: str) -> Iterator[tuple[int, int, float]]
         try:
             while not greets(port):
                 if process.poll() is not None or time.perf_counter() - begin > PATIENCE:
-                    raise BenchError("it does not start")
+                    raise BenchError("it did not start")
                 time.sleep(0.001)
             yield process.pid, port, (time.perf_counter() - begin) * 1000
         finally:
@@ -177,7 +177,7 @@ def started(command: list[str], folder: str) -> Iterator[tuple[int, int, float]]
 
 
 def send(port: int, load: Load) -> float:
-    """Send *load* with Postfix's smtp-source; return the seconds that it has taken."""
+    """Send *load* with Postfix's smtp-source; return the seconds that it took."""
     counts = ("-s", str(load.sessions), "-m", str(load.mails), "-l", str(load.size))
     addresses = ("-f", "a@example.com", "-t", "b@example.com")
     begin = time.perf_counter()
@@ -186,21 +186,21 @@ def send(port: int, load: Load) -> float:
 
 
 def peak_memory(process: int) -> float:
-    """Return the most memory that *process* has held, in MiB (Linux, proc(5))."""
+    """Return the peak memory of *process* in MiB (Linux, proc(5))."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     (peak,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return peak / 1024
 
 
 def measure(server: Server, command: list[str]) -> dict[str, float]:
-    """Return a value for each column, each load by a process of its own."""
+    """Return a value for each column, with a new process for each load."""
     values = {}
     for load in LOADS:
         if load.name in server.without:
             continue
         memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
         with tempfile.TemporaryDirectory(dir=memory) as folder:
-            Path(folder).chmod(0o777)  # for who becomes another user
+            Path(folder).chmod(0o777)  # for a server that switches to another user
             with started(command, folder) as (process, port, values[START]):
                 if load.name == "big":
                     values[load.name] = load.size * load.mails / 1e6 / send(port, load)
@@ -212,7 +212,7 @@ def measure(server: Server, command: list[str]) -> dict[str, float]:
 
 
 def row(server: Server, samples: dict[str, dict[str, list[float]]]) -> str:
-    """Return what *server* does: a dsmtpd's medians, of others how dsmtpd compares, with spread."""
+    """Return the medians of a dsmtpd, or the ratios of dsmtpd to another *server*, with spread."""
     cells = []
     for column in COLUMNS:
         mine = samples[server.name].get(column, [])
@@ -226,7 +226,7 @@ def row(server: Server, samples: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> int:
-    """Measure, and print a table; return 1 when a server fails meanwhile."""
+    """Measure, and print a table; return 1 if a server fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     rounds = parser.parse_args().rounds

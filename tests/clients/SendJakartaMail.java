@@ -1,4 +1,4 @@
-// Sends one mail by Jakarta Mail.
+// Sends one mail with Jakarta Mail.
 
 import jakarta.mail.Message;
 import jakarta.mail.Session;
@@ -44,7 +44,7 @@ class SendJakartaMail {
         Transport.send(message, env.get("SMTP_USER"), env.get("SMTP_PASSWORD"));
     }
 
-    /** Trusts the CA in a PEM file, which Java's own settings cannot name, and no other. */
+    /** Trusts only the CA in a PEM file, which Java's own settings cannot name. */
     static SSLSocketFactory trusting(Path pem) throws Exception {
         KeyStore store = KeyStore.getInstance(KeyStore.getDefaultType());
         store.load(null, null);

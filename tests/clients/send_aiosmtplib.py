@@ -1,4 +1,4 @@
-"""Sends one mail by aiosmtplib."""
+"""Sends one mail with aiosmtplib."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sends one mail by curl.
+# Sends one mail with curl.
 set -eu
 
 case $SMTP_TLS in

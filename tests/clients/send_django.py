@@ -1,4 +1,4 @@
-"""Sends one mail by Django's SMTP backend, which trusts the CAs of SSL_CERT_FILE."""
+"""Sends one mail with Django's SMTP backend, which trusts the CAs in SSL_CERT_FILE."""
 
 from __future__ import annotations
 

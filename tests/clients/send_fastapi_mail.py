@@ -1,4 +1,4 @@
-"""Sends one mail by fastapi-mail."""
+"""Sends one mail with fastapi-mail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends one mail by Flask-Mailman, which trusts the CAs of SSL_CERT_FILE."""
+"""Sends one mail with Flask-Mailman, which trusts the CAs in SSL_CERT_FILE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class VerifiedSMTP(smtplib.SMTP):
 
 
 class StartTLSBackend(EmailBackend):
-    """Verifies the server, which Flask-Mailman 1.1.1 does with MAIL_USE_SSL only."""
+    """Verifies the server, as Flask-Mailman 1.1.1 does only with MAIL_USE_SSL."""
 
     connection_class = VerifiedSMTP
 

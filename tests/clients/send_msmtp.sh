@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sends one mail by msmtp.
+# Sends one mail with msmtp.
 set -eu
 
 case $SMTP_TLS in

@@ -1,4 +1,4 @@
-// Sends one mail by Nodemailer.
+// Sends one mail with Nodemailer.
 
 import { readFileSync } from "node:fs";
 

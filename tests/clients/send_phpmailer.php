@@ -1,5 +1,5 @@
 <?php
-// Sends one mail by PHPMailer.
+// Sends one mail with PHPMailer.
 
 use PHPMailer\PHPMailer\PHPMailer;
 

@@ -1,4 +1,4 @@
-"""Sends one mail by Python's own smtplib."""
+"""Sends one mail with Python's own smtplib."""
 
 from __future__ import annotations
 

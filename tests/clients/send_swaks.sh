@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sends one mail by swaks; before 20240103 it verifies the server's CA, but not its name.
+# Sends one mail with swaks; before 20240103 it verifies the server's CA, but not its name.
 set -eu
 
 case $SMTP_TLS in

@@ -1,4 +1,4 @@
-"""Mail clients that people use, each sending to the real server."""
+"""Real mail clients, each sending to the real server."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ COMMANDS = {
 }
 
 
-# What a production application would have; .ci/install-clients installs what they need.
+# Clients configured as in production; .ci/install-clients installs what they need.
 FOLDER = Path(__file__).parent
 INSTALLED = FOLDER.parent.parent / ".venv-clients"
 PYTHON = INSTALLED / "bin" / "python"
 CLASSES = INSTALLED / "classes"
 JARS = ("/usr/share/java/jakarta-mail.jar", "/usr/share/java/jakarta-activation.jar")
-# It starts in half the time when it does not prepare for a long run.
+# The options for short runs halve the time that Java takes to start.
 JAVA = (
     "java",
     "-XX:TieredStopAtLevel=1",
@@ -76,7 +76,7 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], tuple[str | Path, ...]]] = {
 
 
 def run(name: str, port: int, way: Way | None, ca: Path) -> int:
-    """Have a client send its mail, and trust *ca* if it speaks TLS; return its exit code."""
+    """Have a client send its mail, trusting *ca* if it speaks TLS; return its exit code."""
     (*command, program), needs = PROGRAMS[name]
     require(command[0], *needs)
     environment = {
@@ -90,7 +90,7 @@ def run(name: str, port: int, way: Way | None, ca: Path) -> int:
     if way is not None:
         environment |= {"SMTP_CA": str(ca), "SSL_CERT_FILE": str(ca)}
     if name == "nodemailer":
-        # A module that comes by stdin is the only one that looks for others where it is started.
+        # Only a module from stdin looks for its imports in the current folder.
         command, cwd, stdin = [*command, "--input-type=module"], INSTALLED, FOLDER / program
     else:
         command, cwd, stdin = [*command, program], FOLDER, Path(os.devnull)
@@ -108,7 +108,7 @@ def run(name: str, port: int, way: Way | None, ca: Path) -> int:
 
 @pytest.mark.parametrize("way", [None, "starttls", "implicit"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_client_as_configured_for_production_delivers_its_mail(
+def test_a_client_configured_for_production_delivers_its_mail(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str, way: Way | None
 ) -> None:
     caplog.set_level(logging.INFO, "dsmtpd")
@@ -130,7 +130,7 @@ def test_a_client_as_configured_for_production_delivers_its_mail(
     ("way", "wrong"), [("starttls", "ca"), ("implicit", "ca"), ("implicit", "host")]
 )
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_client_verifies_the_server_and_the_log_tells_that_it_does_not_trust_it(
+def test_a_client_sends_nothing_to_a_server_it_does_not_trust_and_the_log_says_why(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str, way: Way, wrong: str
 ) -> None:
     trusted, other = trustme.CA(), trustme.CA()
@@ -142,7 +142,7 @@ def test_a_client_verifies_the_server_and_the_log_tells_that_it_does_not_trust_i
     with Listener(handler, options) as listener:
         code = run(name, listener.port, way, ca)
     if name == "swaks" and wrong == "host" and code == 0:
-        pytest.skip("this swaks looks at no host name; that of 2024 does")
+        pytest.skip("this swaks does not check the host name; 20240103 and newer do")
     assert code != 0
     assert handler.envelopes == []
     ((level, text),) = troubles(caplog)
@@ -150,7 +150,7 @@ def test_a_client_verifies_the_server_and_the_log_tells_that_it_does_not_trust_i
     assert re.match(r"\S+: The .+does not trust the certificate", text)
 
 
-def test_the_readme_names_the_versions_that_are_tried() -> None:
+def test_the_readme_names_the_versions_that_are_tested() -> None:
     requirements = (FOLDER / "requirements.txt").read_text()
     versions = re.findall("==(.+)", requirements)
     versions += json.loads((FOLDER / "package.json").read_text())["dependencies"].values()
@@ -161,7 +161,7 @@ def test_the_readme_names_the_versions_that_are_tried() -> None:
 
 
 @pytest.mark.parametrize("program", COMMANDS)
-def test_a_mail_of_a_real_client_is_logged_and_stored_as_it_was_sent(
+def test_a_mail_from_a_real_client_is_logged_and_stored_as_it_was_sent(
     start: Callable[..., Daemon], tmp_path: Path, program: str
 ) -> None:
     require(program)
@@ -174,7 +174,7 @@ def test_a_mail_of_a_real_client_is_logged_and_stored_as_it_was_sent(
     (mail,) = stored(tmp_path)
     head, content = mail.split(b"X-RcptTo: b@example.com\n")
     assert head.endswith(b"X-MailFrom: a@example.com\n")
-    # swaks adds empty lines below the mail, msmtp fields above it.
+    # swaks adds empty lines after the mail, msmtp adds fields before it.
     assert (content.rstrip(b"\n") + b"\n").endswith(CONTENT)
 
 

@@ -1,1 +1,1 @@
-"""The promises of README, each proven by breaking things for real; `--soak` does more of it."""
+"""Prove the promises of README.rst by breaking things for real, more often with `--soak`."""

@@ -23,13 +23,13 @@ SESSIONS = 4
 
 
 class Load:
-    """Clients that send mails, each another one, until the server is gone."""
+    """Clients that send distinct mails until the server is gone."""
 
     def __init__(self, port: int, *, sizes: tuple[int, ...]) -> None:
         self.sent: list[bytes] = []
         self.acknowledged: list[bytes] = []
         self._port, self._sizes = port, sizes
-        self._news = threading.Semaphore(0)
+        self._acks = threading.Semaphore(0)
         self._pool = ThreadPoolExecutor(SESSIONS)
         self._clients = [self._pool.submit(self._send, number) for number in range(SESSIONS)]
 
@@ -41,22 +41,22 @@ class Load:
                 self.sent.append(content)
                 client.sendmail("a@example.com", ["b@example.com"], content)
                 self.acknowledged.append(content)
-                self._news.release()
+                self._acks.release()
 
     def wait(self, count: int) -> None:
-        """Return when *count* mails more are acknowledged."""
+        """Wait until *count* more mails are acknowledged."""
         for _ in range(count):
-            assert self._news.acquire(timeout=PATIENCE)
+            assert self._acks.acquire(timeout=PATIENCE)
 
     def end(self) -> None:
-        """Return when all clients have seen that the server is gone."""
+        """Wait until every client has noticed that the server is gone."""
         for client in self._clients:
             client.result(PATIENCE)
         self._pool.shutdown()
 
 
 def kill(maildir: Path, seed: int) -> None:
-    """Kill a server under load at a moment that *seed* picks, and look at what it has stored."""
+    """Kill a server under load at a moment that *seed* picks, and check what it has stored."""
     chance = random.Random(seed)  # noqa: S311  # no secret
     with closing(Daemon("-p", "0", "-d", str(maildir))) as daemon:
         load = Load(daemon.port(), sizes=(10, 3000, 400_000))
@@ -68,13 +68,13 @@ def kill(maildir: Path, seed: int) -> None:
     assert set(load.acknowledged) <= set(found), seed
     assert len(set(found)) == len(found), seed
     assert set(found) <= set(load.sent), seed
-    # The next one goes on, whatever is in tmp/.
+    # A new server starts, whatever is in tmp/.
     with closing(Daemon("-p", "0", "-d", str(maildir))) as daemon:
         assert " Starting " in daemon.line()
     shutil.rmtree(maildir)
 
 
-@pytest.mark.parametrize("part", range(4))  # None takes so long that it seems to hang.
+@pytest.mark.parametrize("part", range(4))  # each ends within faulthandler_timeout
 def test_kill_9_loses_no_acknowledged_mail_and_leaves_none_twice_and_no_half_one_in_new(
     tmp_path: Path, times: Callable[[int, int], int], part: int
 ) -> None:
@@ -96,9 +96,9 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Make a disk with an empty ext4."""
+    """Create a disk image with an empty ext4 file system."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("mkfs.ext4", "mount"))):
-        pytest.skip("this takes root, mkfs.ext4 and mount")
+        pytest.skip("this needs root, mkfs.ext4 and mount")
     image = tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(32 * 1024 * 1024)
@@ -107,7 +107,7 @@ def image(tmp_path: Path) -> Path:
         with mounted(image, tmp_path / "disk"):
             pass
     except subprocess.CalledProcessError:
-        pytest.skip("this machine does not allow a loop device")
+        pytest.skip("this machine allows no loop devices")
     return image
 
 
@@ -118,7 +118,7 @@ def test_a_power_cut_right_after_a_250_loses_no_mail(
     copy, sent = tmp_path / "copy", [b"%d\r\n" % number for number in range(before + 1)]
     with mounted(image, tmp_path / "disk") as disk:
         for cut in range(times(1, 20)):
-            # Each time a Maildir, and a parent of it, that have just been created.
+            # A new Maildir in a new parent each time.
             maildir = Path(str(cut), "maildir")
             daemon = Daemon("-p", "0", "-d", str(disk / maildir))
             with closing(daemon), connect(daemon.port()) as client:

@@ -30,22 +30,22 @@ from tests.tools import BEGIN
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The most that a client may block the others, in milliseconds of processor time.
+# How long a client may block the others, in milliseconds of processor time.
 BOUND = 50
 
-# The least of so many measurements counts: what else runs on the machine must not.
+# Measure up to this many times and keep the lowest, to ignore other load on the machine.
 TRIES = 3
 
 KIB, MIB = 1024, 1024 * 1024
 EHLO = b"EHLO x\r\n"
 
-# A little less than the longest line.
+# Slightly shorter than the longest line allowed.
 LINE = 12_200
 
-# How many attacks the search goes on from.
+# How many of the worst attacks the search builds on.
 KEPT = 8
 
-# What a client sends.
+# The clients' input.
 
 
 def repeat(octets: bytes, length: int) -> bytes:
@@ -57,18 +57,18 @@ def mail(content: bytes) -> bytes:
 
 
 def lines(begin: bytes, rest: bytes, end: bytes = b"", number: int = 30) -> bytes:
-    """Return *number* long commands, of which no two are the same."""
+    """Return *number* long commands, all different."""
     return b"".join(b"%b%d%b%b\r\n" % (begin, n, rest, end) for n in range(number))
 
 
 def words() -> bytes:
-    """Return as many words as a line holds, of which no two are the same."""
+    """Return a line full of words, all different."""
     letters = ascii_lowercase + digits + "!#$%&'()*+,-./:;?@[]^_`{|}~"
     return " ".join(map("".join, product(letters, repeat=2))).encode()[:LINE]
 
 
 def at_once(octets: bytes) -> bytes:
-    """Return *octets* after commands, in whose time much of them arrives."""
+    """Return *octets* after commands that keep the server busy while many octets arrive."""
     return EHLO + b"NOOP\r\n" * 2000 + FROM + octets
 
 
@@ -77,19 +77,19 @@ NAMES = b"".join(b"x%d: a\r\n" % number for number in range(20_000))
 CHARSETS = b"".join(b"=?x-%d?q?a?= " % number for number in range(1000))
 USER = b64encode(b"\0" + b"\x01" * 9000 + b"\0")
 
-# The first ones of each kind are the worst.
+# The worst of each kind come first.
 HEADERS: dict[str, Callable[[], bytes]] = {
-    "a fold by many CR": lambda: mail(b"Subject: " + b"\r" * 20_000 + b"\n x"),
+    "a fold with many CRs": lambda: mail(b"Subject: " + b"\r" * 20_000 + b"\n x"),
     "control characters, then folds": lambda: mail(
         b"Subject: " + b"\x01" * 8100 + b"\r\na:" + repeat(b"\n ", MIB)
     ),
-    "folds by CR": lambda: mail(b"a:" + repeat(b"\r ", MIB)),
+    "folds with CR": lambda: mail(b"a:" + repeat(b"\r ", MIB)),
     "punycode": lambda: mail(b"Subject: =?punycode?q?-" + b"b" * 8100 + b"?="),
     "empty fields": lambda: mail(repeat(b"a:\r\n", MIB)),
     "continuation lines": lambda: mail(b"a: b\r\n" + repeat(b" c\r\n", MIB)),
-    "folds by many CR": lambda: mail(b"Subject:" + repeat(b"\r" * 4000 + b"\n x", MIB)),
-    "20,000 names": lambda: mail(NAMES),
-    "lines of an mbox file": lambda: mail(repeat(b"From x\r\n", MIB)),
+    "folds with many CRs": lambda: mail(b"Subject:" + repeat(b"\r" * 4000 + b"\n x", MIB)),
+    "20,000 field names": lambda: mail(NAMES),
+    "From lines of an mbox": lambda: mail(repeat(b"From x\r\n", MIB)),
     "an 8-bit subject": lambda: mail(b"Subject: " + repeat(b"\xe9", MIB)),
     "encoded words": lambda: mail(b"Subject: " + repeat(b"=?x?q?a?= ", MIB)),
     "encoded words in many charsets": lambda: mail(b"Subject: " + CHARSETS),
@@ -107,13 +107,13 @@ CONTENTS: dict[str, Callable[[], bytes]] = {
     "CRLF": lambda: mail(repeat(b"\r\n", 31 * MIB)),
     "dots": lambda: mail(repeat(b"..\r\n", 2 * MIB)),
     "dots within a line": lambda: mail(repeat(b".", 31 * MIB)),
-    "nearly the end": lambda: mail(repeat(b"\r\n.\r", 2 * MIB)),
+    "almost the end of data": lambda: mail(repeat(b"\r\n.\r", 2 * MIB)),
     "one line": lambda: mail(repeat(b"x", 31 * MIB)),
     "NUL": lambda: mail(repeat(b"\0", 31 * MIB)),
 }
 COMMANDS: dict[str, Callable[[], bytes]] = {
     "parameters of RCPT": lambda: at_once(lines(b"RCPT TO:<b", PARAMETERS)),
-    "octets that are refused": lambda: at_once(lines(b"DATA ", b"\xff" * LINE)),
+    "refused octets": lambda: at_once(lines(b"DATA ", b"\xff" * LINE)),
     "quotes": lambda: at_once(lines(b"RCPT TO:<", repeat(b'"a" ', LINE))),
     "parameters of MAIL": lambda: EHLO + lines(b"RSET\r\nMAIL FROM:<a", PARAMETERS),
     "parameters of 85 recipients": lambda: (
@@ -128,18 +128,18 @@ COMMANDS: dict[str, Callable[[], bytes]] = {
     "empty lines": lambda: EHLO + repeat(b"\n", 256 * KIB),
     "an endless line": lambda: EHLO + repeat(b"a", 31 * MIB),
     "AUTH": lambda: at_once(lines(b"AUTH PLAIN ", b"A" * LINE)),
-    "responses": lambda: EHLO + lines(b"AUTH LOGIN\r\n", b"A" * LINE, b"!", number=100),
-    "a user of control characters": lambda: EHLO + b"AUTH PLAIN " + USER + b"\r\n",
+    "AUTH responses": lambda: EHLO + lines(b"AUTH LOGIN\r\n", b"A" * LINE, b"!", number=100),
+    "a user name of control characters": lambda: EHLO + b"AUTH PLAIN " + USER + b"\r\n",
 }
 INPUTS = HEADERS | CONTENTS | COMMANDS
-BY_TLS = ["dots at once", "bare line ends", "octets that are refused", "folds by CR", "one line"]
+OVER_TLS = ["dots at once", "bare line ends", "refused octets", "folds with CR", "one line"]
 
 
 # The measurement.
 
 
 class Probe:
-    """Knows the longest turn of the event loop, during which it serves nobody else."""
+    """Measures the longest turn of the event loop, during which it serves nobody else."""
 
     def __init__(self) -> None:
         self.longest = 0.0  # in seconds of processor time
@@ -159,7 +159,7 @@ class Probe:
 
 
 def attack(client: socket.socket, octets: bytes, trust: ssl.SSLContext | None) -> None:
-    """Send *octets*, by TLS with *trust*, as far as the server wants them; read all replies."""
+    """Send *octets* as far as the server accepts them, over TLS with *trust*; read all replies."""
     with client.dup() as reader, ThreadPoolExecutor(1) as pool, suppress(OSError):
         sender = trust.wrap_socket(client, server_hostname="localhost") if trust else client
         with sender:
@@ -171,14 +171,14 @@ def attack(client: socket.socket, octets: bytes, trust: ssl.SSLContext | None) -
 
 
 def read(client: socket.socket) -> None:
-    """Read all that the server says."""
+    """Read until the server closes the connection."""
     with suppress(OSError):
         while client.recv(64 * KIB):
             pass
 
 
 async def longest_turn(octets: bytes, service: Service) -> float:
-    """Return for how long at most the client that sends *octets* blocks others, in milliseconds."""
+    """Return the longest time that a client sending *octets* blocks others, in milliseconds."""
     client, server = socket.socketpair()
     loop = asyncio.get_running_loop()
     probe = Probe()
@@ -189,7 +189,7 @@ async def longest_turn(octets: bytes, service: Service) -> float:
 
 
 def measure(octets: bytes, service: Service, tries: int = TRIES) -> float:
-    """Return the least of a few measurements, which ends once that is good enough."""
+    """Return the lowest of up to *tries* measurements; stop at one that is low enough."""
     least = float("inf")
     for _ in range(tries):
         parse.cache_clear()
@@ -200,22 +200,22 @@ def measure(octets: bytes, service: Service, tries: int = TRIES) -> float:
 
 
 def configure() -> None:
-    """Log as the command does, to where nobody looks."""
+    """Log as the command does, but to /dev/null."""
     handler = StderrHandler(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     handler.setFormatter(Formatter(FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
-def measure_all(names: list[str], *, by_tls: bool) -> dict[str, float]:
-    """Return the result of each input."""
+def measure_all(names: list[str], *, over_tls: bool) -> dict[str, float]:
+    """Return the measurement for each input."""
     configure()
-    service = Service(DsmtpdHandler(), Options(tls="implicit" if by_tls else None))
+    service = Service(DsmtpdHandler(), Options(tls="implicit" if over_tls else None))
     return {name: measure(INPUTS[name](), service) for name in names}
 
 
 def in_a_process(function: str, *arguments: object, **options: object) -> Any:
-    """Return the result of a function of this module, without coverage and without debugging."""
+    """Call a function of this module in a new process, without coverage or debug mode."""
     program = (
         "import json, sys\n"
         "from tests.promises import test_fairness\n"
@@ -235,18 +235,18 @@ def in_a_process(function: str, *arguments: object, **options: object) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("names", "by_tls"),
-    [([*HEADERS], False), ([*CONTENTS], False), ([*COMMANDS], False), (BY_TLS, True)],
+    ("names", "over_tls"),
+    [([*HEADERS], False), ([*CONTENTS], False), ([*COMMANDS], False), (OVER_TLS, True)],
     ids=["headers", "contents", "commands", "TLS"],
 )
 def test_nothing_that_a_client_sends_blocks_another_for_more_than_50_ms(
-    times: Callable[[int, int], int], names: list[str], *, by_tls: bool
+    times: Callable[[int, int], int], names: list[str], *, over_tls: bool
 ) -> None:
-    found = in_a_process("measure_all", names[: times(2, len(names))], by_tls=by_tls)
+    found = in_a_process("measure_all", names[: times(2, len(names))], over_tls=over_tls)
     assert {name: ms for name, ms in found.items() if ms > BOUND} == {}
 
 
-# The search for something worse.
+# The search for worse input.
 
 BEGINS = [
     b"Subject: ",
@@ -344,9 +344,9 @@ UNITS += [
 
 
 class Run(NamedTuple):
-    """Octets that are repeated within a piece, of which there are many."""
+    """A piece that repeats a unit, and is itself repeated."""
 
-    begin: bytes  # in which a number stands for #
+    begin: bytes  # each # is replaced by the number of the piece
     unit: bytes
     length: int
     end: bytes
@@ -362,7 +362,7 @@ class Run(NamedTuple):
 
 
 class Attack(NamedTuple):
-    """Commands, and a mail after them."""
+    """Commands, then a mail."""
 
     commands: tuple[Run, ...]
     content: tuple[Run, ...]
@@ -374,7 +374,7 @@ class Attack(NamedTuple):
         )
 
 
-def any_run(chance: Random, *, is_content: bool) -> Run:
+def random_run(chance: Random, *, is_content: bool) -> Run:
     lengths = (10, 1000, 8000, 60_000, 300_000) if is_content else (10, 400, 12_000)
     return Run(
         chance.choice(BEGINS if is_content else VERBS),
@@ -386,8 +386,8 @@ def any_run(chance: Random, *, is_content: bool) -> Run:
 
 
 def changed(chance: Random, run: Run, *, is_content: bool) -> Run:
-    """Return *run* with a change."""
-    other = any_run(chance, is_content=is_content)
+    """Return *run* with one change."""
+    other = random_run(chance, is_content=is_content)
     return chance.choice(
         [
             run._replace(begin=other.begin),
@@ -401,10 +401,10 @@ def changed(chance: Random, run: Run, *, is_content: bool) -> Run:
 
 
 def mutated(chance: Random, runs: tuple[Run, ...], *, is_content: bool) -> tuple[Run, ...]:
-    """Return *runs* with one more, one less, or one that is another."""
+    """Return *runs* with one added, removed or changed."""
     place, more = chance.randint(0, len(runs)), chance.random()
     if more < 0.3 or not runs:
-        return *runs[:place], any_run(chance, is_content=is_content), *runs[place:]
+        return *runs[:place], random_run(chance, is_content=is_content), *runs[place:]
     place = chance.randrange(len(runs))
     if more < 0.45:
         return *runs[:place], *runs[place + 1 :]
@@ -412,13 +412,13 @@ def mutated(chance: Random, runs: tuple[Run, ...], *, is_content: bool) -> tuple
 
 
 def search(seconds: float, number: int) -> list[tuple[float, str]]:
-    """Return the worst that a search finds, with the milliseconds, for a seed's *number*."""
+    """Search with the seed *number*; return the worst attacks, with their milliseconds."""
     configure()
     service, chance = Service(DsmtpdHandler(), Options()), Random(number)  # noqa: S311  # no secret
     worst: list[tuple[float, Attack]] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        # Now and then from nothing.
+        # Sometimes start from scratch.
         attack = chance.choice([attack for _, attack in worst] + [Attack((), ())] * 3)
         if chance.random() < 0.5:
             attack = attack._replace(content=mutated(chance, attack.content, is_content=True))
@@ -427,7 +427,7 @@ def search(seconds: float, number: int) -> list[tuple[float, str]]:
         octets = attack.octets()
         took = measure(octets, service, 1)
         if len(worst) < KEPT or took > worst[-1][0]:
-            # What else runs on the machine may have slowed it down.
+            # Other load on the machine may have slowed it down.
             took = min(took, measure(octets, service, 1))
             worst = sorted([*worst, (took, attack)], reverse=True)[:KEPT]
     return [(measure(attack.octets(), service), repr(attack)) for _, attack in worst[:3]]
@@ -438,6 +438,6 @@ def test_a_search_finds_nothing_that_blocks_for_more_than_50_ms(
 ) -> None:
     seconds, number = times(0, 20), SystemRandom().getrandbits(32)
     if not seconds:
-        pytest.skip("this takes --soak")
+        pytest.skip("this needs --soak")
     found = in_a_process("search", seconds, number)
     assert [(ms, attack) for ms, attack in found if ms > BOUND] == [], number

@@ -30,8 +30,8 @@ from tests.tools import BEGIN, envelope
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# The whole time of the fuzz tests with `--soak`. A part of them must end within the 60 s after
-# which a test counts as hanging.
+# The total time of the fuzz tests with `--soak`. Each test gets an equal share, which must stay
+# below faulthandler_timeout.
 SOAK_SECONDS = int(os.environ.get("SOAK_SECONDS", "300"))
 
 OFFERS = [
@@ -46,7 +46,7 @@ LINE_OCTETS = 12_288
 END_OF_DATA = b"\r\n.\r\n"
 REPLY = re.compile(rb"(?:[0-9]{3}-[^\r\n]{0,506}\r\n)*[0-9]{3} [^\r\n]{0,506}\r\n")
 
-# What a generator of hostile octets is made of.
+# The fragments of hostile input.
 
 COMMANDS = [b"EHLO x", b"HELO x", b"MAIL FROM:<a@x>", b"RCPT TO:<b@x>", b"DATA", b"RSET", b"QUIT"]
 COMMANDS += [b"NOOP", b"VRFY x", b"HELP", b"STARTTLS", b"AUTH PLAIN", b"AUTH LOGIN", b"*", b"XYZ"]
@@ -108,12 +108,12 @@ FRAGMENTS = [COMMANDS, PATHS, FIELDS, WORDS, CHARSETS, ENDS, ENDS, ENDS, ODD, NU
 
 
 def noise(chance: Random) -> bytes:
-    """Return octets of any kind."""
+    """Return random octets."""
     return chance.randbytes(chance.randint(0, chance.choice([5, 50, 5000])))
 
 
 def run(chance: Random) -> bytes:
-    """Return many times the same."""
+    """Return one fragment, repeated."""
     length = chance.choice([*[10] * 8, *[100] * 4, 998, 8192, LINE_OCTETS + chance.randint(-20, 5)])
     fragment = chance.choice(chance.choice(FRAGMENTS))
     return fragment * (length // len(fragment))
@@ -127,12 +127,12 @@ def word(chance: Random) -> bytes:
 
 
 def fragments(chance: Random, most: int = 40) -> bytes:
-    """Return what may be something of everything."""
+    """Return random fragments of all kinds."""
     return b"".join(chance.choice(chance.choice(FRAGMENTS)) for _ in range(chance.randint(0, most)))
 
 
 def session(chance: Random) -> bytes:
-    """Return commands with arguments, and mails, of which some are well-formed."""
+    """Return commands with arguments, and mails, some of them well-formed."""
     lines = []
     for _ in range(chance.randint(1, 20)):
         rest = chance.choice([run, word, fragments, response])
@@ -150,7 +150,7 @@ def response(chance: Random) -> bytes:
 
 
 def mail(chance: Random) -> bytes:
-    """Return a mail, and mostly its end."""
+    """Return a mail, usually with its end."""
     lines = []
     for _ in range(chance.randint(0, 20)):
         body = chance.choice([noise, run, word, fragments])(chance)
@@ -159,7 +159,7 @@ def mail(chance: Random) -> bytes:
 
 
 def path(chance: Random) -> bytes:
-    """Return what may be a path, with parameters."""
+    """Return something like a path with parameters."""
     return b"".join(chance.choice(chance.choice([PATHS, PATHS, ODD])) for _ in range(20))
 
 
@@ -167,7 +167,7 @@ SOURCES = [noise, fragments, session, mail, path]
 
 
 def damaged(chance: Random, octets: bytes) -> bytes:
-    """Return *octets*, of which some may not be what they were."""
+    """Return *octets* with up to ten random edits."""
     rest = bytearray(octets)
     for _ in range(chance.choice([0, 0, 1, 10])):
         place = chance.randint(0, len(rest))
@@ -176,7 +176,7 @@ def damaged(chance: Random, octets: bytes) -> bytes:
 
 
 def pieces(chance: Random, octets: bytes) -> Iterator[bytes]:
-    """Yield *octets* cut anywhere."""
+    """Yield *octets* in pieces, cut at random."""
     cuts = chance.randint(0, chance.choice([0, 3, 50, min(1000, len(octets))]))
     places = sorted(chance.randint(0, len(octets)) for _ in range(cuts))
     for first, end in pairwise([0, *places, len(octets)]):
@@ -190,7 +190,7 @@ def assert_one_line(shown: str, most: int = 16 * 1024) -> None:
 
 
 class Server:
-    """What a connection does with a conversation, with a look at each action."""
+    """Drives a conversation as a connection does, and checks each action."""
 
     def __init__(self, chance: Random) -> None:
         self.conversation = Conversation(chance.choice(OFFERS))
@@ -199,7 +199,7 @@ class Server:
         self._chance = chance
 
     def hear(self, octets: bytes) -> None:
-        """Receive *octets* and carry out what follows, for which a few actions per line do."""
+        """Receive *octets* and perform the actions that follow, at most a few per octet."""
         unread = self.conversation.unread + len(octets)
         self.conversation.receive(bytearray(octets + b"\r\n.\r\n"), len(octets))
         self.work(4 * unread + 10)
@@ -212,7 +212,7 @@ class Server:
                 return
             assert not self.is_over or isinstance(action, Report)
             self.perform(action)
-        raise AssertionError("It comes to no end")
+        raise AssertionError(f"More than {most} actions")
 
     def perform(self, action: object) -> None:
         match action:
@@ -235,7 +235,7 @@ class Server:
                 self.is_over = True
 
     def leave(self) -> None:
-        """Have the client leave, in any way, after which nothing is left to be done."""
+        """Disconnect the client, with or without an EOF; then nothing is left to do."""
         if self._chance.random() < 0.5:
             self.conversation.receive_eof()
             self.work(5)
@@ -253,7 +253,7 @@ def converse(chance: Random, octets: bytes) -> None:
         server.hear(piece)
     if chance.random() < 0.5:
         server.leave()
-    # Whatever it was waiting for, it goes on.
+    # Whatever it was waiting for, it still answers.
     server.hear(END_OF_DATA)
     server.hear(b"*\r\nNOOP\r\n")
     assert server.is_over or server.replies[-1] == b"250 OK\r\n"
@@ -304,7 +304,7 @@ def test_no_octets_make_the_server_fail_or_stall_or_say_anything_ill_formed(
             break
 
 
-# Four parts, of which each ends within the 60 s after which a test counts as hanging.
+# Split to keep each part within faulthandler_timeout.
 @pytest.mark.parametrize("part", range(4))
 def test_a_session_answers_as_the_model_does(times: Callable[[int, int], int], part: int) -> None:
     few_or_many = settings(
@@ -315,21 +315,21 @@ def test_a_session_answers_as_the_model_does(times: Callable[[int, int], int], p
     run_state_machine_as_test(machine, settings=few_or_many)  # type: ignore[no-untyped-call]  # theirs
 
 
-# The family of line ends around a dot.
+# All combinations of line ends around a dot.
 
 TOKENS = [b"\r", b"\n", b"\r\n", b".", b"x"]
 SMUGGLED = b"MAIL FROM:<evil@x>\r\nRCPT TO:<evil@x>\r\nDATA\r\nevil\r\n.\r\n"
 
 
 def variants(most: int) -> list[bytes]:
-    """Return all ends of a mail that up to *most* tokens make."""
+    """Return every end of a mail that up to *most* tokens can form."""
     sequences = (product(TOKENS, repeat=length) for length in range(most + 1))
     ends = dict.fromkeys(b"".join(tokens) for tokens in (t for s in sequences for t in s))
     return [begin + end for begin in (b"", b"hi") for end in ends]
 
 
 def expected(variant: bytes) -> list[tuple[str, bytes]]:
-    """Return who sends which mails by *variant*, and what is to be smuggled in after it."""
+    """Return the sender and content of each mail expected from *variant* and SMUGGLED."""
     content, _, rest = (b"\r\n" + variant + SMUGGLED).partition(END_OF_DATA)
     content = (content + b"\r\n").replace(b"\r\n.", b"\r\n").removeprefix(b"\r\n")
     is_command = (b"\n" + rest).endswith(b"\n" + SMUGGLED)
@@ -345,7 +345,7 @@ def arrive_by_octets(octets: bytes) -> list[bytes]:
 
 
 def found(pieces: list[bytes]) -> tuple[list[tuple[str, bytes]], object]:
-    """Return who has sent which mails by *pieces*, and the last reply."""
+    """Return the sender and content of each mail in *pieces*, and the last reply."""
     conversation, actions = begin(OFFER, EHLO + BEGIN), []
     for piece in pieces:
         conversation.receive(piece)
@@ -368,7 +368,7 @@ def test_only_a_dot_between_two_crlf_ends_a_mail_and_nothing_is_smuggled(
 
 
 class Tunnel:
-    """A TLS session, by which octets come as records."""
+    """A TLS session, in which octets arrive in records."""
 
     def __init__(self) -> None:
         context, trust = generated(Options(tls="implicit"))
@@ -376,15 +376,15 @@ class Tunnel:
         shake_hands(self._client, self._layer, 100_000)
 
     def whole(self, octets: bytes) -> list[bytes]:
-        """Have *octets* arrive as one record."""
+        """Send *octets* as one record."""
         return [self._layer.receive(self._client.encrypt(octets))]
 
     def records(self, octets: bytes) -> list[bytes]:
-        """Have each octet arrive as a record."""
+        """Send each octet as a record of its own."""
         return [self._layer.receive(self._client.encrypt(o)) for o in arrive_by_octets(octets)]
 
     def parts_of_records(self, octets: bytes) -> list[bytes]:
-        """Have each octet of a record for each octet arrive alone."""
+        """Send each octet as a record of its own, and the records octet by octet."""
         records = b"".join(map(self._client.encrypt, arrive_by_octets(octets)))
         return [self._layer.receive(octet) for octet in arrive_by_octets(records)]
 

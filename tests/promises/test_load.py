@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc"),
 ]
 
-# Without the debug mode, which takes time and memory of its own.
+# Without Python's development mode, which costs time and memory.
 PLAIN = (sys.executable, *WARNINGS, "-m", "dsmtpd")
 
 BEGIN = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n"
@@ -49,11 +49,11 @@ class Times(Protocol):
 
 @pytest.fixture
 def _many_files(times: Times) -> Iterator[None]:
-    """Allow for the sockets of all clients."""
+    """Allow enough open files for the sockets of all clients."""
     needed = times(1024, 4096)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        pytest.skip(f"this takes {needed} file descriptors, and the system allows {hard}")
+        pytest.skip(f"this needs {needed} file descriptors, and the system allows {hard}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -61,14 +61,14 @@ def _many_files(times: Times) -> Iterator[None]:
 
 @pytest.fixture
 def maildir() -> Iterator[Path]:
-    """Yield a folder in memory, where there is one, so that no disk sets the pace."""
-    shm = Path("/dev/shm")  # noqa: S108  # the folder in it has a name of its own
+    """Yield a folder, in memory if possible, so that the speed of the disk does not matter."""
+    shm = Path("/dev/shm")  # noqa: S108  # the folder in it has a unique name
     with TemporaryDirectory(prefix="dsmtpd-", dir=shm if shm.is_dir() else None) as folder:
         yield Path(folder)
 
 
 class Client:
-    """A client that sends what it likes, and waits for replies, each of one line."""
+    """A client that sends any octets, and waits for one-line replies."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -85,13 +85,13 @@ class Client:
         return await asyncio.wait_for(self.hear(count), PATIENCE)
 
     async def send(self, content: bytes) -> bytes:
-        """Send a mail; return the code of the reply to it."""
+        """Send a mail; return the code of its reply."""
         assert await self.say(BEGIN, 3) == [b"250", b"250", b"354"]
         (code,) = await self.say(content + b".\r\n", 1)
         return code
 
     async def quit(self) -> None:
-        """Return when the server has closed the connection."""
+        """Send QUIT, and wait until the server closes the connection."""
         assert await self.say(b"QUIT\r\n", 1) == [b"221"]
         assert await asyncio.wait_for(self.reader.read(), PATIENCE) == b""
 
@@ -103,7 +103,7 @@ class Client:
 
 @asynccontextmanager
 async def connected(port: int, count: int) -> AsyncIterator[list[Client]]:
-    """Yield *count* clients, which wait in this order to be greeted."""
+    """Yield *count* clients that have connected in this order and read no greeting yet."""
     async with AsyncExitStack() as stack:
         clients = []
         for _ in range(count):
@@ -114,12 +114,12 @@ async def connected(port: int, count: int) -> AsyncIterator[list[Client]]:
 
 
 def carry_out(scenario: Coroutine[Any, Any, T]) -> T:
-    """Run clients, without asyncio's debug mode, in which they take ten times as long."""
+    """Run clients without asyncio's debug mode, which makes them ten times slower."""
     return asyncio.run(scenario, debug=False)
 
 
 async def be_greeted(clients: list[Client]) -> None:
-    """Return when all *clients* are greeted, and known by a name."""
+    """Have all *clients* say HELO; wait for the greetings and the replies."""
     greetings = await asyncio.gather(*(client.say(b"HELO x\r\n", 2) for client in clients))
     assert greetings == [[b"220", b"250"]] * len(clients)
 
@@ -137,7 +137,7 @@ async def send_all(client: Client, contents: list[bytes]) -> None:
 
 
 def contents(session: int, count: int) -> list[bytes]:
-    """Return *count* mails of a *session*, small and not so small, that nobody else sends."""
+    """Return *count* mails, small and larger, that only this *session* sends."""
     chance = Random(session)  # noqa: S311  # no secret
     bodies = [chance.randbytes(chance.choice([5, 2000])).hex("\n", 35) for _ in range(count)]
     texts = (f"Subject: {session}-{number}\n\n{body}\n" for number, body in enumerate(bodies))
@@ -145,14 +145,14 @@ def contents(session: int, count: int) -> list[bytes]:
 
 
 def memory(daemon: Daemon, field: str = "VmRSS") -> int:
-    """Return a *field* of the system's, in KiB: what the process holds, or has held (VmHWM)."""
+    """Return the memory of the process in KiB: current (VmRSS) or peak (VmHWM)."""
     status = Path(f"/proc/{daemon.process.pid}/status").read_text(encoding="ascii")
     (kib,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
     return int(kib)
 
 
 def errors(daemon: Daemon) -> list[str]:
-    """End *daemon* in order; return the errors that it has logged."""
+    """End *daemon* cleanly; return the errors that it has logged."""
     code, lines = daemon.end(signal.SIGTERM)
     assert code == 0
     assert lines[-1].endswith(" INFO: Cleaning up")
@@ -204,12 +204,12 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-# At each place, so many clients send octet by octet, and so many stop halfway.
+# At each place, this many clients send octet by octet, and as many stop halfway.
 SLOW = 20
 
 SLOW_MAIL = MAIL + b"x" * 900 + b"\r\n"
 
-# Where a client is slow: what it says before, what it then says slowly, and how the answer begins.
+# Where a client is slow: what it says first, what it says slowly, and how the answer begins.
 PLACES = [
     (b"", b"NOOP " + b"x" * 900 + b"\r\n", b"250"),
     (b"AUTH PLAIN\r\n", b64encode(b"\0a\0" + b"x" * 300) + b"\r\n", b"235"),
@@ -226,7 +226,7 @@ class SlowClient:
         self._before, self._octets, self._answer = place
 
     async def begin(self) -> None:
-        """Bring the session to where the client is slow."""
+        """Bring the session to the point where the client is slow."""
         await self._client.say(self._before, self._before.count(b"\n"))
 
     async def go_on(self, count: int = 1) -> None:
@@ -238,14 +238,14 @@ class SlowClient:
         await self.go_on(len(self._octets) // 2)
 
     async def end(self) -> None:
-        """Send the rest, and be answered."""
+        """Send the rest, and check the answer."""
         await self.go_on(len(self._octets))
         answer = self._client.reader.readexactly(len(self._answer))
         assert await asyncio.wait_for(answer, PATIENCE) == self._answer
 
 
-async def send_beside(slow: list[SlowClient], port: int, content: bytes) -> None:
-    """Have another client be greeted and send *content* while *slow* ones send an octet each."""
+async def send_meanwhile(slow: list[SlowClient], port: int, content: bytes) -> None:
+    """Send *content* from another client while the *slow* ones send an octet each."""
     going = asyncio.gather(*(client.go_on() for client in slow))
     async with greeted(port, 1) as (client,):
         assert await client.send(content) == b"250"
@@ -257,7 +257,7 @@ def test_clients_that_send_octet_by_octet_or_stop_halfway_are_waited_for_and_hin
 ) -> None:
     daemon = start("-p", "0", "-d", str(maildir), "--tls", "starttls")
     port = daemon.port()
-    # Before the 10 s have passed that the server waits for a handshake.
+    # Few enough to finish within the 10 s that the server allows for a handshake.
     sent = contents(0, times(10, 50))
 
     async def run() -> None:
@@ -267,7 +267,7 @@ def test_clients_that_send_octet_by_octet_or_stop_halfway_are_waited_for_and_hin
             await asyncio.gather(*(client.begin() for client in both))
             await asyncio.gather(*(client.stop_halfway() for client in halfway))
             for content in sent:
-                await send_beside(slow, port, content)
+                await send_meanwhile(slow, port, content)
             await asyncio.gather(*(client.end() for client in slow))
 
     carry_out(run())
@@ -303,12 +303,12 @@ def test_out_of_descriptors_the_clients_that_got_in_are_served_and_then_the_othe
     assert errors(daemon) == [NO_MORE]
 
 
-# So much is stored by threads, which compete for the last descriptor.
+# Large enough to be stored by threads, which compete for the last descriptor.
 THREADED = (b"x" * 998 + b"\r\n") * 300
 
 
 async def send_at_once(clients: list[Client], number: int) -> dict[bytes, bytes]:
-    """Have each client send a mail; return the mails with their answers."""
+    """Have each client send a mail; return the mails with the codes of their replies."""
     sent = [mail + THREADED for mail in contents(number, len(clients))]
     return dict(zip(sent, await asyncio.gather(*map(Client.send, clients, sent)), strict=True))
 
@@ -332,7 +332,7 @@ def test_without_a_free_descriptor_a_mail_is_stored_or_refused_in_one_line_and_n
     assert set(answers.values()) == {b"250", b"451"}
     assert sorted(mails(maildir)) == sorted(mail for mail in answers if answers[mail] == b"250")
     assert list((maildir / "tmp").iterdir()) == []
-    # At its limit, the server learns that it could accept nobody more.
+    # At its limit, the server logs that it can accept no more connections.
     first, *others = errors(daemon)
     assert first == NO_MORE
     line = f"Cannot store a mail in {maildir}: Too many open files ({maildir}/"
@@ -343,14 +343,14 @@ LARGE_MIB = 30
 
 
 def mebibytes(number: int) -> Iterator[bytes]:
-    """Yield the mail of this *number*, of lines of 128 octets, in pieces of a MiB."""
+    """Yield the mail with this *number* in pieces of a MiB, in lines of 128 octets."""
     chance = Random(number)  # noqa: S311  # no secret
     for _ in range(LARGE_MIB):
         yield chance.randbytes(8192 * 63).hex("\n", 63).replace("\n", "\r\n").encode() + b"\r\n"
 
 
 async def upload(client: Client, number: int) -> str:
-    """Send all of a mail but its end; return the hash of what is to be stored."""
+    """Send a mail without its end; return the hash of the content to be stored."""
     assert await client.say(BEGIN, 3) == [b"250", b"250", b"354"]
     digest = sha256()
     for piece in mebibytes(number):
@@ -383,7 +383,7 @@ def test_large_mails_at_the_same_time_take_little_more_memory_than_they_are_larg
 
 
 async def pour(client: Client, count: int) -> None:
-    """Send *count* mails without waiting for the reply to each command."""
+    """Send *count* mails without waiting for each reply."""
     batch = 25
     for _ in range(count // batch):
         codes = await client.say((BEGIN + MAIL + b".\r\n") * batch, 4 * batch)
@@ -412,21 +412,21 @@ TRUST_ALL = trust_all()
 
 
 def open_session(port: int) -> smtplib.SMTP_SSL:
-    """Return a client that has sent a mail of 300 KB by TLS, and stays."""
+    """Return a client that has sent a mail of 300 KB over TLS, and stays connected."""
     client = smtplib.SMTP_SSL("127.0.0.1", port, "client.test", timeout=PATIENCE, context=TRUST_ALL)
     client.sendmail("a@example.com", ["b@example.com"], MAIL + (b"x" * 998 + b"\r\n") * 300)
     return client
 
 
 def close_session(client: smtplib.SMTP_SSL) -> None:
-    """Return when the server has ended the session."""
+    """Send QUIT, and wait until the server closes the connection."""
     assert client.docmd("QUIT")[0] == 221
     assert client.sock is not None
     assert client.sock.recv(1) == b""
 
 
 def hold_sessions(daemon: Daemon, port: int, count: int) -> tuple[int, int]:
-    """Return the memory with *count* TLS sessions, and after them, both in KiB."""
+    """Return the memory during *count* TLS sessions, and after them, in KiB."""
     with ThreadPoolExecutor(8) as pool, ExitStack() as stack:
         clients = [
             stack.enter_context(closing(each)) for each in pool.map(open_session, [port] * count)
@@ -444,6 +444,6 @@ def test_a_tls_session_takes_less_than_100_kib_and_leaves_nothing_behind(
     before, _ = hold_sessions(daemon, port, few)
     (during, after), _, last = [hold_sessions(daemon, port, many) for _ in range(3)]
     assert during - before < 100 * (many - few)
-    # The system's allocator gives little back, but the next sessions get what these had.
+    # The allocator returns little memory to the system, but the next sessions reuse it.
     assert max(last) - min(during, after) < 2 * KIB_PER_MIB
     assert errors(daemon) == []

@@ -30,17 +30,17 @@ PAYLOADS = {
     "CRLF": b"a\r\n" + FORGED,
     "a folded line": b"a\r\n " + FORGED,
     "backspaces": b"a" + b"\x08 \x08" * 100 + b"\x7f",
-    "from right to left": "\u202egpj.exe\u2066\u2069\u200f\u061c".encode(),
+    "right-to-left text": "\u202egpj.exe\u2066\u2069\u200f\u061c".encode(),
     "line separators": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg".encode(),
-    "nothing to be seen": "\u200b\u2060\ufeff\xad\u200e\U000e0041\u3164".encode(),
+    "invisible characters": "\u200b\u2060\ufeff\xad\u200e\U000e0041\u3164".encode(),
     "surrogates": b"\xed\xa0\x80\xed\xb2\x8a",
-    "no UTF-8": b"\xff\xfe\xc0\xaf\x85\xf5\x90\x80\x80\xe2\x80",
+    "invalid UTF-8": b"\xff\xfe\xc0\xaf\x85\xf5\x90\x80\x80\xe2\x80",
     "noncharacters": "\ufdd0\uffff\ue000\U0010ffff\u0378".encode(),
     "100 KiB": b"\x1b\xf0\x9f\x8e\x89" * 20_480,
     "encoded words": b"=?utf-8?q?=0A=1B[2J=E2=80=AE?= =?utf-16?b?CgAK?= =?utf-7?q?+AAo-?=",
-    "formats": b"%s%d%n%(peer)s%%{}{0}{peer.__class__}$x",
+    "format strings": b"%s%d%n%(peer)s%%{}{0}{peer.__class__}$x",
     "backslashes": rb"\n\x1b[31m\u202e\\" + b"\t\\\t",
-    "marks": b"a" + "\u0301\u0489".encode() * 5000,
+    "combining marks": b"a" + "\u0301\u0489".encode() * 5000,
 }
 
 
@@ -56,14 +56,14 @@ PLACES: dict[str, Callable[[bytes], bytes]] = {
     ),
     "charset": lambda p: mail(b"From: a@x", b"Subject: =?%b?q?x?=" % p),
     "field name": lambda p: mail(b"From: a@x", p + b": x"),
-    "no field": lambda p: mail(b"From: a@x", p, b"Subject: x"),
+    "malformed field": lambda p: mail(b"From: a@x", p, b"Subject: x"),
     "reverse-path": lambda p: b"MAIL FROM:<%b@x>\r\nRCPT TO:<b@x>\r\nDATA\r\n.\r\n" % p,
     "forward-path": lambda p: b"MAIL FROM:<a@x>\r\nRCPT TO:<%b@x>\r\nDATA\r\n.\r\n" % p,
-    "no path": lambda p: b"MAIL FROM:<a@x>\r\nRCPT TO " + p + b"\r\n",
+    "malformed path": lambda p: b"MAIL FROM:<a@x>\r\nRCPT TO " + p + b"\r\n",
     "EHLO": lambda p: b"EHLO " + p + b"\r\nDATA\r\n",
     "HELO": lambda p: b"HELO " + p + b"\r\nDATA\r\n",
     "parameter": lambda p: b"MAIL FROM:<a@x> " + p + b"\r\n",
-    "value": lambda p: b"MAIL FROM:<a@x> SIZE=" + p + b"\r\n",
+    "parameter value": lambda p: b"MAIL FROM:<a@x> SIZE=" + p + b"\r\n",
     "parameter of RCPT": lambda p: b"MAIL FROM:<a@x>\r\nRCPT TO:<b@x> X=" + p + b"\r\n",
     "PLAIN": lambda p: b"AUTH PLAIN " + b64encode(b"\0" + p + b"\0y") + b"\r\n",
     "LOGIN": lambda p: b"AUTH LOGIN\r\n" + b64encode(p) + b"\r\neA==\r\n",
@@ -75,16 +75,16 @@ PLACES: dict[str, Callable[[bytes], bytes]] = {
     "argument of DATA": lambda p: b"DATA " + p + b"\r\n",
 }
 
-# The characters that are not shown but have a meaning in Persian and in emoji.
+# Invisible characters that have a meaning in Persian and in emoji.
 JOINERS = "\u200c\u200d"
 
-# The peer of a pair of sockets has no name.
+# The peer of a socketpair has no name.
 LINE = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9] [0-9:]{8},[0-9]{3} (?:INFO|WARNING): : \S.*")
 
 
 @pytest.fixture
 def written(caplog: pytest.LogCaptureFixture) -> Iterator[io.StringIO]:
-    """Return what goes to stderr."""
+    """Yield what goes to stderr."""
     caplog.set_level(logging.INFO)
     stream = io.StringIO()
     handler = StderrHandler(stream)
@@ -94,8 +94,8 @@ def written(caplog: pytest.LogCaptureFixture) -> Iterator[io.StringIO]:
     logging.getLogger().removeHandler(handler)
 
 
-def taken(stream: io.StringIO) -> str:
-    """Return what is in *stream*, and empty it."""
+def drained(stream: io.StringIO) -> str:
+    """Return the text in *stream*, and empty it."""
     text = stream.getvalue()
     stream.seek(0)
     stream.truncate()
@@ -115,9 +115,9 @@ def test_whatever_stands_in_this_place_is_logged_in_printable_lines_and_the_sess
         said = b"EHLO x\r\n" + PLACES[place](payload) + b"NOOP\r\n"
         last = converse([said], DsmtpdHandler())[-1]
         assert last == b"250 OK" or last.startswith(b"421 "), name
-        text = taken(written)
+        text = drained(written)
         lines = text.removesuffix("\n").split("\n")
-        # A forged line would be one more than there are records.
+        # A forged line would be a line without a record.
         assert text.splitlines() == lines, name
         assert len(lines) == len(caplog.records) > 0, name
         for line in lines:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tests.tools import Daemon
 
-# Runs the command, and shows what would reach out: Python reports it before it happens.
+# Runs the command, and prints each attempt to contact a host or to run a program.
 WATCH = """
 import sys
 REACHING = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.gethostbyname",

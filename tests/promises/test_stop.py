@@ -26,15 +26,15 @@ class Start(Protocol):
     def __call__(self, *arguments: str) -> Daemon: ...
 
 
-def send_on(port: int, name: int, told: Callable[[], object]) -> list[bytes]:
-    """Send mails until the server is gone; return those that it has acknowledged."""
+def keep_sending(port: int, name: int, notify: Callable[[], object]) -> list[bytes]:
+    """Send mails until the server is gone; return those that it acknowledged."""
     acknowledged: list[bytes] = []
     with suppress(OSError, smtplib.SMTPException), connect(port) as client:
         while True:
             content = b"%d-%d\r\n" % (name, len(acknowledged))
             client.sendmail("a@example.com", ["b@example.com"], content)
             acknowledged.append(content)
-            told()
+            notify()
     return acknowledged
 
 
@@ -44,11 +44,11 @@ def test_a_signal_in_the_middle_of_200_active_sessions_stores_what_is_acknowledg
 ) -> None:
     sessions = times(20, 200)
     daemon = start("-p", "0", "-d", str(tmp_path))
-    port, news = daemon.port(), threading.Semaphore(0)
+    port, acks = daemon.port(), threading.Semaphore(0)
     with ThreadPoolExecutor(sessions) as pool:
-        clients = [pool.submit(send_on, port, name, news.release) for name in range(sessions)]
+        clients = [pool.submit(keep_sending, port, name, acks.release) for name in range(sessions)]
         for _ in range(3 * sessions):
-            assert news.acquire(timeout=PATIENCE)
+            assert acks.acquire(timeout=PATIENCE)
         code, lines = daemon.end(number)
         acknowledged = [content for client in clients for content in client.result(PATIENCE)]
     assert code == 0
@@ -58,7 +58,7 @@ def test_a_signal_in_the_middle_of_200_active_sessions_stores_what_is_acknowledg
 
 
 def begin_handshake(port: int) -> socket.socket:
-    """Return a client that waits in the middle of a handshake."""
+    """Return a client that stops in the middle of a handshake."""
     client = socket.create_connection(("127.0.0.1", port), PATIENCE)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = CONTEXT.wrap_bio(incoming, outgoing, server_hostname="localhost")
@@ -83,7 +83,7 @@ def test_a_signal_in_the_middle_of_200_handshakes_ends_the_server(
 
 
 def upload(port: int) -> smtplib.SMTP:
-    """Return a client that is in the middle of a mail."""
+    """Return a client that stops in the middle of a mail."""
     client = connect(port)
     begin_data(client)
     client.send(b"x" * 100_000)
@@ -91,7 +91,7 @@ def upload(port: int) -> smtplib.SMTP:
 
 
 def read_nothing(port: int) -> smtplib.SMTP:
-    """Return a client that has sent a mail, and then sends as much as it can, but does not read."""
+    """Return a client that has sent a mail, and then as much as it could without reading."""
     client = connect(port)
     client.sendmail("a@example.com", ["b@example.com"], MAIL)
     assert client.sock is not None

@@ -20,7 +20,7 @@ FDS = Path("/proc/self/fd")
 
 FULL, FAILED = b"452 4.3.1 Storage full", b"451 4.3.0 Storage failed"
 
-# A Maildir that has gone is made anew.
+# A missing Maildir is created again.
 REPLIES = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -39,7 +39,7 @@ FOLDER_CALLS = ("folder open", "folder fsync", "folder close")
 
 
 class Fault:
-    """Makes a call of the system in *maildir* fail with an error's *number*, at its n-th time."""
+    """Makes a system call in *maildir* fail with the errno *number*, at its *time*-th use."""
 
     def __init__(self, call: str, maildir: Path, number: int, time: int) -> None:
         self.name = call.rsplit(maxsplit=1)[-1]
@@ -53,7 +53,7 @@ class Fault:
             if self._half and self._left == 0:
                 return self._call(target, arguments[0][: len(arguments[0]) // 2])
             if self._left == -self._half:
-                if self.name == "close":  # Whatever it says, the descriptor is closed.
+                if self.name == "close":  # Even a close that fails closes the descriptor.
                     self._call(target)
                 raise OSError(self._number, os.strerror(self._number))
         return self._call(target, *arguments)
@@ -68,7 +68,7 @@ def descriptors() -> list[str]:
 
 
 def replies(client: smtplib.SMTP, content: bytes, count: int) -> list[bytes]:
-    """Send *content* *count* times; return the replies to it."""
+    """Send *content* *count* times; return the replies."""
     found = []
     for _ in range(count):
         begin_data(client)

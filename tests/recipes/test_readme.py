@@ -1,4 +1,4 @@
-"""What README shows is run as it is printed, but for the port, which is a free one."""
+"""Run what README shows as it is printed, except for the port, which is a free one."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 README = (FOLDER.parent.parent / "README.rst").read_text(encoding="utf-8")
 
-# A literal block: what is indented after a line that ends with two colons.
+# A literal block: the indented lines after a directive or a line that ends with two colons.
 BLOCK = re.compile(r"^(?:\.\. code-block:: \w+|.*::)\n\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
 BLOCKS = [dedent(match[1]).strip("\n") + "\n" for match in BLOCK.finditer(README)]
 
-# What starts dsmtpd, or sends to it, or reads what was sent.
+# Matches snippets that start dsmtpd, send to it, or read the mails.
 SERVES = re.compile(
     r"^(?:\$ |- run: )?dsmtpd(?: |$)|smtplib|\b1025\b|MAIL_SERVER|dsmtpd\.testing|\(.?dsmtpd\b",
     re.MULTILINE,
@@ -44,7 +44,7 @@ LOG_LINE = re.compile(r"[0-9-]{10} [0-9:,]{12} [A-Z]+: ")
 
 
 class Place:
-    """A folder in which `dsmtpd` listens on a free port, if nothing else is said."""
+    """A folder in which `dsmtpd` listens on a free port, unless it is started with -p."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,12 +60,12 @@ class Place:
         )
         command.chmod(0o755)
         path = (str(command.parent), str(INSTALLED / "bin"), os.environ["PATH"])
-        # Nothing of the run that this one is a part of.
+        # Without the variables of the pytest that runs this test.
         mine = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         self.environment = {**mine, "PATH": ":".join(path)}
 
     def run(self, *command: str, code: int = 0, **variables: str) -> str:
-        """Run *command*, and return what it prints; its exit code is to be *code*."""
+        """Run *command*, and return its output; its exit code must be *code*."""
         done = subprocess.run(
             command,
             check=False,
@@ -88,7 +88,7 @@ class Place:
 
     @contextmanager
     def started(self, text: str = "dsmtpd") -> Iterator[Output]:
-        """Run *text*, which starts dsmtpd; end that with the block."""
+        """Run *text*, which starts dsmtpd; stop dsmtpd after the block."""
         process = subprocess.Popen(
             ["bash", "-c", text],
             cwd=self.folder,
@@ -111,7 +111,7 @@ class Place:
         assert process.returncode == 0, output
 
     def _wait(self, process: subprocess.Popen[str]) -> None:
-        """Wait until somebody listens on the port."""
+        """Wait until dsmtpd listens on the port."""
         end = time.monotonic() + PATIENCE
         while not is_listened_on(self.port):
             assert process.poll() is None
@@ -128,7 +128,7 @@ def is_listened_on(port: int) -> bool:
 
 
 class Output(NamedTuple):
-    """The lines that a command has printed by its end."""
+    """The lines that a command has printed, once it has ended."""
 
     stdout: list[str]
     stderr: list[str]
@@ -140,7 +140,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-# Whole examples: what README shows is a file of theirs.
+# Whole examples: README shows one file of each.
 
 
 RECIPES = {
@@ -154,7 +154,7 @@ RECIPES = {
 }
 
 
-def copied(place: Place, name: str) -> None:
+def copy_recipe(place: Place, name: str) -> None:
     shutil.copytree(FOLDER / Path(name).parent, place.folder, dirs_exist_ok=True)
 
 
@@ -162,7 +162,7 @@ def copied(place: Place, name: str) -> None:
 def test_a_recipe_passes_and_readme_shows_it(place: Place, name: str) -> None:
     command = RECIPES[name].split()
     require(*command[:1])
-    copied(place, name)
+    copy_recipe(place, name)
     (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
     output = place.run(*command)
     assert (FOLDER / name).read_text(encoding="utf-8") in BLOCKS
@@ -170,7 +170,7 @@ def test_a_recipe_passes_and_readme_shows_it(place: Place, name: str) -> None:
         assert re.search(r"\b[1-9] passed|Ran [1-9] test|pass [1-9]", output)
 
 
-# What breaks each application, so that its test has to fail.
+# A change that breaks each application, so that its test must fail.
 FAULTS = {
     "pytest/test_shop.py": ("shop.py", "orders", "oders"),
     "fastapi/test_app.py": ("app.py", "confirm?", "conform?"),
@@ -186,7 +186,7 @@ def test_a_recipe_fails_when_its_application_is_broken(place: Place, name: str) 
     file, old, new = FAULTS[name]
     command = RECIPES[name].split()
     require(*command[:1])
-    copied(place, name)
+    copy_recipe(place, name)
     (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
     source = (place.folder / file).read_text(encoding="utf-8")
     assert old in source
@@ -196,8 +196,8 @@ def test_a_recipe_fails_when_its_application_is_broken(place: Place, name: str) 
     assert "ImportError" not in output
 
 
-def test_a_script_has_the_exit_code_of_its_tests_and_leaves_nothing(place: Place) -> None:
-    copied(place, "shell/check.sh")
+def test_a_script_has_the_exit_code_of_its_tests_and_leaves_nothing_behind(place: Place) -> None:
+    copy_recipe(place, "shell/check.sh")
     (place.folder / "scratch").mkdir()
     place.run("bash", "check.sh", code=7, CODE="7", TMPDIR=str(place.folder / "scratch"))
     assert not [*(place.folder / "scratch").iterdir()]
@@ -209,7 +209,7 @@ def test_a_script_has_the_exit_code_of_its_tests_and_leaves_nothing(place: Place
 
 
 def snippet(beginning: str) -> str:
-    """Return the block of README that begins so."""
+    """Return the block of README that starts with *beginning*."""
     (block,) = (block for block in BLOCKS if block.startswith(beginning))
     return block
 
@@ -224,16 +224,16 @@ def test_each_snippet_that_starts_dsmtpd_or_sends_to_it_is_run() -> None:
 
 
 def assert_log(expected: list[str], lines: list[str], port: int) -> None:
-    """Check that *lines* are as *expected*, but for times, ports and the version."""
+    """Check that *lines* are as *expected*, except for times, ports and the version."""
 
-    def usual(text: str) -> str:
+    def normalized(text: str) -> str:
         text = LOG_LINE.sub("T ", text.replace(str(port), "1025"))
         return re.sub(r"127\.0\.0\.1:(?!1025)\d+", "PEER", text.replace(__version__, "V"))
 
-    assert [usual(line) for line in lines] == [usual(line) for line in expected]
+    assert [normalized(line) for line in lines] == [normalized(line) for line in expected]
 
 
-def test_the_first_screen(place: Place) -> None:
+def test_the_first_screen_is_what_dsmtpd_prints(place: Place) -> None:
     block = snippet("$ dsmtpd --print text\n")
     command, *shown = block.splitlines()
     start = command.removeprefix("$ ") + " 2>&1"
@@ -242,7 +242,7 @@ def test_the_first_screen(place: Place) -> None:
     assert_log(shown, output.stdout[: len(shown)], place.port)
 
 
-def test_the_quick_start(place: Place) -> None:
+def test_the_quick_start_shows_the_mail(place: Place) -> None:
     start = snippet("dsmtpd\n")
     mail = snippet("python3 -c ")
     with place.started(start) as output:
@@ -251,7 +251,7 @@ def test_the_quick_start(place: Place) -> None:
     assert line.endswith(": app@example.com -> user@test.com [Welcome Email]")
 
 
-def test_a_maildir(place: Place) -> None:
+def test_the_mails_in_a_maildir_can_be_read(place: Place) -> None:
     start = snippet("dsmtpd -d mails")
     script = snippet("from dsmtpd.testing import messages")
     with place.started(start):
@@ -296,7 +296,7 @@ def assert_hello(output: Output) -> None:
     assert output.stderr[-2].endswith(": app@example.com -> user@test.com [Hello]")
 
 
-def test_the_settings_of_python_frameworks(place: Place) -> None:
+def test_the_settings_of_python_frameworks_send_a_mail(place: Place) -> None:
     django = snippet("EMAIL_HOST = ")
     flask = snippet("app.config.update(")
     fastapi = snippet("ConnectionConfig(")
@@ -306,7 +306,7 @@ def test_the_settings_of_python_frameworks(place: Place) -> None:
         assert_hello(output)
 
 
-def test_the_settings_of_node(place: Place) -> None:
+def test_the_settings_of_nodemailer_send_a_mail(place: Place) -> None:
     settings = snippet("nodemailer.createTransport(")
     require("node", INSTALLED / "node_modules")
     (place.folder / "node_modules").symlink_to(INSTALLED / "node_modules")
@@ -316,7 +316,7 @@ def test_the_settings_of_node(place: Place) -> None:
     assert_hello(output)
 
 
-def test_a_mail_by_hand(place: Place) -> None:
+def test_swaks_sends_a_mail_by_hand(place: Place) -> None:
     block = snippet("swaks ")
     require("swaks")
     with place.started() as output:
@@ -325,7 +325,7 @@ def test_a_mail_by_hand(place: Place) -> None:
     assert "a@example.com -> 用户@例え.jp [test " in line
 
 
-def test_tls(place: Place) -> None:
+def test_tls_writes_the_ca_and_logs_what_readme_shows(place: Place) -> None:
     block = snippet("$ dsmtpd --tls")
     command, *log = block.splitlines()
     with place.started(command.removeprefix("$ ")) as output:
@@ -344,7 +344,7 @@ def reset_mail() -> EmailMessage:
     return mail
 
 
-def test_a_printed_mail(place: Place) -> None:
+def test_a_mail_is_printed_as_readme_shows(place: Place) -> None:
     block = snippet("$ dsmtpd --print text 2")
     command, *printed = block.splitlines()
     mail = reset_mail()
@@ -354,7 +354,7 @@ def test_a_printed_mail(place: Place) -> None:
     assert output.stdout == printed
 
 
-def test_the_links_of_a_mail(place: Place) -> None:
+def test_jq_prints_the_links_of_a_mail(place: Place) -> None:
     block = snippet("dsmtpd --print json")
     require("jq")
     with place.started(block) as output, connect(place.port) as client:
@@ -362,7 +362,7 @@ def test_the_links_of_a_mail(place: Place) -> None:
     assert output.stdout == [LINK]
 
 
-def test_failures(place: Place) -> None:
+def test_replies_fail_on_demand_as_readme_says(place: Place) -> None:
     block = snippet("dsmtpd --fail ")
     (hit,) = (block for block in BLOCKS if "Failed on demand" in block)
     with place.started(block) as output, connect(place.port) as client:
@@ -375,25 +375,25 @@ def test_failures(place: Place) -> None:
     assert_log([hit.strip()], output.stderr[1:2], place.port)
 
 
-def test_a_command(place: Place) -> None:
+def test_a_command_sends_to_the_dsmtpd_that_runs_it(place: Place) -> None:
     block = snippet("dsmtpd -p 0 -d mails -- ")
-    copied(place, "shell/check.sh")
+    copy_recipe(place, "shell/check.sh")
     place.bash(block)
     assert [message.subject for message in messages(place.folder / "mails")] == ["Welcome"]
 
 
-def test_the_handler_in_a_program(place: Place) -> None:
+def test_the_handler_stores_the_mails_of_a_program(place: Place) -> None:
     block = snippet("from aiosmtpd.controller import")
     program = f"{block}import smtplib\nclient = smtplib.SMTP('127.0.0.1', 1025)\n"
     place.python(f"{program}client.sendmail('a@x', ['b@x'], 'Subject: Hi')")
     assert [message.subject for message in messages(place.folder / "mails")] == ["Hi"]
 
 
-def test_a_job_of_github(place: Place) -> None:
+def test_the_job_for_github_stores_the_mails_of_its_tests(place: Place) -> None:
     block = snippet("- run: pip install")
     workflow = (FOLDER / "github" / "tests.yml").read_text(encoding="utf-8")
     assert indent(block, " " * 6) in workflow
     (command,) = re.findall("- run: (dsmtpd .*)", block)
-    copied(place, "shell/check.sh")
+    copy_recipe(place, "shell/check.sh")
     place.bash(command)
     assert len(messages(place.folder / "mails")) == 1

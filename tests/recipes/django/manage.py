@@ -1,4 +1,4 @@
-"""Django's command, for the settings beside it."""
+"""Run Django's commands with the settings in this folder."""
 
 import os
 import sys

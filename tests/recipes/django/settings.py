@@ -1,4 +1,4 @@
-"""The least that Django's own password reset needs."""
+"""The settings that Django's own password reset needs."""
 
 SECRET_KEY = "only for this example"
 ALLOWED_HOSTS = ["testserver"]

@@ -1,4 +1,4 @@
-"""The pages of Django's accounts, and its admin, whose templates they use."""
+"""Django's account pages, and its admin, whose templates they use."""
 
 from django.contrib import admin
 from django.urls import include, path

@@ -1,4 +1,4 @@
-"""An application that is configured when it is imported."""
+"""An application that reads its configuration on import."""
 
 import os
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""An application that welcomes who signs up."""
+"""An application that welcomes new users."""
 
 from flask import Flask, request
 from flask_mailman import EmailMessage, Mail

@@ -1,4 +1,4 @@
-// An application that welcomes who signs up.
+// An application that sends new users a link.
 
 import nodemailer from "nodemailer";
 

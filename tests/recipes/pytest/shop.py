@@ -1,4 +1,4 @@
-"""An application that tries again when a server asks for that."""
+"""An application that tries again when the server refuses a recipient."""
 
 import smtplib
 

@@ -5,7 +5,7 @@ from threading import Thread
 
 
 def order(host, port, customer):
-    """Confirm an order by mail, later."""
+    """Confirm an order by mail, in the background."""
     Thread(target=_confirm, args=(host, port, customer)).start()
 
 
