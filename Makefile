@@ -1,8 +1,8 @@
-# What can be done with a checkout of dsmtpd; `make` lists it.
+# Tasks for a checkout of dsmtpd; `make` lists them.
 #
-# PYTHON is the Python that the environment in VENV is made with, as in
+# PYTHON is the Python to create the environment VENV with, as in
 #     PYTHON=python3.12 VENV=.venv-3.12 make test
-# By default it is the one that mise or asdf offer here if it is new enough, else the python3 of the PATH.
+# By default, it is the one from mise or asdf if that is new enough, else python3 from the PATH.
 
 VENV ?= .venv
 RUN_VENV ?= .venv-run
@@ -11,7 +11,7 @@ export PYTHON
 
 BIN := $(VENV)/bin
 RECIPE := tests/recipes/github/tests.yml
-# Some of the tests cannot show that each line is tested.
+# Some of the tests alone cannot reach full coverage.
 COVERAGE ?= $(if $(ARGS),,--cov --cov-report=term-missing:skip-covered --cov-report=html)
 
 .DEFAULT_GOAL := help
@@ -22,7 +22,7 @@ help: ## List the targets.
 	do printf '  %-12s %s\n' "$$name" "$$text"; done
 
 .PHONY: run
-run: ## Start dsmtpd; ARGS holds its arguments.
+run: ## Start dsmtpd; ARGS has its arguments.
 	@.ci/environment $(RUN_VENV) --editable .
 	$(RUN_VENV)/bin/dsmtpd $(ARGS)
 
@@ -31,28 +31,28 @@ environment:
 	@.ci/environment $(VENV) --requirement requirements-dev.txt --editable .
 
 .PHONY: install-dev
-install-dev: ## Make the environment and install the hooks: a clone is ready.
+install-dev: ## Create the environment and install the commit hooks.
 	@git rev-parse --git-dir >/dev/null 2>&1 || \
-	{ echo "This is no clone of the repository, so there are no commits to check" >&2; exit 1; }
+	{ echo "No commit hooks to install, as this is not a Git repository: make test needs none" >&2; exit 1; }
 	@$(MAKE) --no-print-directory environment
 	install -m 755 .ci/pre-commit "$$(git rev-parse --git-path hooks)/pre-commit"
 
 .PHONY: test
-test: environment ## Run the tests, and show each line that none runs; ARGS picks some of them.
+test: environment ## Run the tests and check the coverage; ARGS selects some tests.
 	$(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/clients --ignore tests/recipes \
 	$(COVERAGE) $(ARGS)
 
 .PHONY: clients
-clients: environment ## Try mail clients, and what README.rst shows, after .ci/install-clients.
+clients: environment ## Test mail clients and the snippets of README.rst, after .ci/install-clients.
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/clients tests/recipes $(ARGS)
 
 .PHONY: promises
-promises: environment ## Prove the promises of README.rst, in Python's development mode.
+promises: environment ## Prove the promises of README.rst in Python's development mode.
 	$(BIN)/python -X dev -W error -m pytest tests/promises $(ARGS)
 
 .PHONY: soak
 soak: override ARGS += --soak
-soak: promises ## Prove them at length, in about nine minutes.
+soak: promises ## Prove them at length, for about nine minutes.
 
 .PHONY: lint
 lint: environment ## Check the code and the workflows.
@@ -63,7 +63,7 @@ lint: environment ## Check the code and the workflows.
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 .PHONY: lint-fix
-lint-fix: environment ## Fix what can be fixed, and format.
+lint-fix: environment ## Fix what ruff can fix, and format the code.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -78,7 +78,7 @@ typecheck: environment ## Check the types, as on Linux, macOS and (without the t
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 dsmtpd
 
 .PHONY: bench
-bench: ## Measure speed and memory against other servers; ARGS holds its arguments.
+bench: ## Compare speed and memory with other servers, for about six minutes.
 	@.ci/environment $(BENCH_VENV) --editable .
 	$(BENCH_VENV)/bin/python benchmarks/bench.py $(ARGS)
 
@@ -87,14 +87,14 @@ build: environment clean-build ## Build the source distribution and the wheel in
 	$(BIN)/python -m build
 
 .PHONY: check-dist
-check-dist: build ## Build, and check that the package index will take and render it.
+check-dist: build ## Build, and check that the package index will accept and render it.
 	$(BIN)/twine check --strict dist/*
 
 .PHONY: clean
-clean: clean-build clean-venv ## Remove what has been built, and the environments.
+clean: clean-build clean-venv ## Remove build results and environments.
 
 .PHONY: clean-build
-clean-build: ## Remove what has been built.
+clean-build: ## Remove build results.
 	rm -rf build dist htmlcov .coverage
 
 .PHONY: clean-venv

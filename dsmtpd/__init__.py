@@ -1,3 +1,3 @@
-"""A debugging SMTP server: it takes every mail, shows it, stores it when asked, and sends none."""
+"""A debugging SMTP server that accepts every mail, shows it, stores it, and never sends any."""
 
 __version__ = "2.0.0"

@@ -75,7 +75,7 @@ def kill(maildir: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("part", range(4))  # each ends within faulthandler_timeout
-def test_kill_9_loses_no_acknowledged_mail_and_leaves_none_twice_and_no_half_one_in_new(
+def test_kill_9_loses_or_duplicates_no_acknowledged_mail_and_leaves_no_half_one_in_new(
     tmp_path: Path, times: Callable[[int, int], int], part: int
 ) -> None:
     seeds = range(part * 50, part * 50 + times(1, 50))

@@ -393,7 +393,7 @@ class Tunnel:
     ("arrive", "few", "many"),
     [(Tunnel.whole, 3, 5), (Tunnel.records, 3, 5), (Tunnel.parts_of_records, 1, 3)],
 )
-def test_by_tls_nothing_else_ends_a_mail_either_and_nothing_is_smuggled(
+def test_over_tls_nothing_else_ends_a_mail_either_and_nothing_is_smuggled(
     times: Callable[[int, int], int],
     arrive: Callable[[Tunnel, bytes], list[bytes]],
     few: int,

@@ -284,7 +284,7 @@ NO_MORE = "socket.accept() out of system resource: OSError(24, 'Too many open fi
 FEW_FILES = ("sh", "-c", f'ulimit -n {FILES}; exec "$@"', "sh", *RUN)
 
 
-def test_out_of_descriptors_the_clients_that_got_in_are_served_and_then_the_others_in_their_place(
+def test_out_of_descriptors_connected_clients_are_served_and_then_the_waiting_ones(
     start: Start, times: Times
 ) -> None:
     daemon = start("-p", "0", run=FEW_FILES)
@@ -313,7 +313,7 @@ async def send_at_once(clients: list[Client], number: int) -> dict[bytes, bytes]
     return dict(zip(sent, await asyncio.gather(*map(Client.send, clients, sent)), strict=True))
 
 
-def test_without_a_free_descriptor_a_mail_is_stored_or_refused_in_one_line_and_not_half_there(
+def test_without_a_free_descriptor_a_mail_is_stored_or_refused_in_one_line_and_never_half_stored(
     start: Start, maildir: Path, times: Times
 ) -> None:
     daemon = start("-p", "0", "-d", str(maildir), run=FEW_FILES)
@@ -363,7 +363,7 @@ def stored_hash(file: Path) -> str:
     return sha256(file.read_bytes().partition(b"\nX-RcptTo: b@example.com\n")[2]).hexdigest()
 
 
-def test_large_mails_at_the_same_time_take_little_more_memory_than_they_are_large_and_come_whole(
+def test_concurrent_large_mails_need_little_more_memory_than_their_size_and_arrive_whole(
     start: Start, maildir: Path, times: Times
 ) -> None:
     daemon = start("-p", "0", "-d", str(maildir), run=PLAIN)

@@ -107,7 +107,7 @@ def is_safe(character: str) -> bool:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_whatever_stands_in_this_place_is_logged_in_printable_lines_and_the_session_goes_on(
+def test_whatever_a_client_sends_here_is_logged_in_printable_lines_and_the_session_goes_on(
     place: str, caplog: pytest.LogCaptureFixture, written: io.StringIO
 ) -> None:
     for name, payload in PAYLOADS.items():

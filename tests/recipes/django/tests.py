@@ -3,7 +3,7 @@ from django.test import TestCase
 
 from dsmtpd.testing import Server
 
-# Instead of the one that keeps mails in memory, which Django's tests have.
+# Django's test runner would keep mails in memory instead.
 SMTP = "django.core.mail.backends.smtp.EmailBackend"
 
 

@@ -1,7 +1,7 @@
 from app import create_app
 
 
-def test_who_signs_up_is_welcomed(dsmtpd):
+def test_a_new_user_is_welcomed(dsmtpd):
     app = create_app(MAIL_SERVER=dsmtpd.host, MAIL_PORT=dsmtpd.port)
     app.test_client().post("/signup", data={"email": "user@test.com"})
     (message,) = dsmtpd.messages

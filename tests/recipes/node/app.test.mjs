@@ -5,7 +5,7 @@ import test from "node:test";
 
 import { signup } from "./app.mjs";
 
-test("who signs up gets a link", async () => {
+test("a new user gets a link", async () => {
   const dsmtpd = spawn("dsmtpd", ["-p", "0", "--print", "json"]);
   const log = createInterface(dsmtpd.stderr)[Symbol.asyncIterator]();
   const mails = createInterface(dsmtpd.stdout)[Symbol.asyncIterator]();

@@ -10,6 +10,6 @@ def test_an_order_is_confirmed_by_mail(dsmtpd):
 
 
 @pytest.mark.dsmtpd(fail="rcpt:451:*:1")
-def test_a_server_that_is_busy_is_tried_again(dsmtpd):
+def test_an_order_is_retried_when_the_server_is_busy(dsmtpd):
     shop.order(dsmtpd.host, dsmtpd.port, "user@test.com")
     assert len(dsmtpd.messages) == 1
