@@ -218,11 +218,11 @@ def row(server: Server, samples: dict[str, dict[str, list[float]]]) -> str:
         mine = samples[server.name].get(column, [])
         rival = samples.get(server.rival, {}).get(column, [])
         if ratios := [ours / theirs for ours, theirs in zip(rival, mine, strict=False)]:
-            spread = f"{min(ratios):.3g}-{max(ratios):.3g}"
-            cells.append(f"{statistics.median(ratios):.3g} ({spread})")
+            spread = f"{min(ratios):#.3g}-{max(ratios):#.3g}"
+            cells.append(f"{statistics.median(ratios):#.3g} ({spread})")
         else:
             cells.append(f"{statistics.median(mine):,.0f}" if mine and not server.rival else "-")
-    return f"{server.name:<20}" + "".join(f"{cell:>18}" for cell in cells)
+    return f"{server.name:<20}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 def main() -> int:
@@ -241,7 +241,7 @@ def main() -> int:
             return 1
         for column, value in values.items():
             samples[server.name].setdefault(column, []).append(value)
-    print(" " * 20 + "".join(f"{column:>18}" for column in COLUMNS))
+    print(" " * 20 + "".join(f"{column:>20}" for column in COLUMNS))
     print("\n".join(row(server, samples) for server in commands))
     return 0
 
