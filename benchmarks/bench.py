@@ -106,6 +106,7 @@ COLUMNS = (*(load.name for load in LOADS), START, MEMORY)
 
 def find(server: Server) -> list[str]:
     """Return the command of *server*; if there is none, print why, and return an empty list."""
+    print(f"Preparing {server.name}", file=sys.stderr)
     try:
         return installed(server)
     except BenchError as error:
@@ -160,8 +161,7 @@ def started(command: list[str], folder: str) -> Iterator[tuple[int, int, float]]
         port = probe.getsockname()[1]
     words = [word.replace("{port}", str(port)).replace("{folder}", folder) for word in command]
     # As for users, Python finds the bytecode from an earlier start.
-    compiled = {"PYTHONDONTWRITEBYTECODE": ""}
-    environment = {**os.environ, **compiled, "NODE_PATH": str(CACHE / "node_modules")}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "NODE_PATH": f"{CACHE}/node_modules"}
     with (Path(folder) / "log").open("w") as log:
         begin = time.perf_counter()
         process = subprocess.Popen(words, stdout=log, stderr=log, cwd=folder, env=environment)
