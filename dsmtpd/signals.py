@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 
 # Where signals cannot be blocked, as on Windows, handlers keep them here, and `wait` looks for them
 # at this interval in seconds, since nothing there would wake it.
-_kept: SimpleQueue[int] = SimpleQueue()
+_kept: list[int] = []
 _LOOK = 0.1
 
 
@@ -60,23 +58,23 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
 
 @contextmanager
 def _caught(signals: Collection[int]) -> Iterator[None]:
-    """Hold back *signals* by handlers, which only the main thread can set and run."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _keep) for number in signals}
+    """Hold back *signals* by handlers; only the main thread can set them, and runs them."""
+    before = {}
+    with suppress(ValueError):
+        before = {number: signal.signal(number, _keep) for number in signals}
     try:
         yield
     finally:
         for number, handler in before.items():
             if signal.getsignal(number) is _keep:
                 signal.signal(number, handler)
-        while not _kept.empty():
-            signal.raise_signal(_kept.get())
+        for number in [number for number in _kept if number in before]:
+            _kept.remove(number)
+            signal.raise_signal(number)
 
 
 def _keep(number: int, _: object) -> None:
-    _kept.put(number)
+    _kept.append(number)
 
 
 def wait(signals: Collection[int]) -> None:
@@ -87,7 +85,7 @@ def wait(signals: Collection[int]) -> None:
     if hasattr(signal, "sigwait"):
         signal.sigwait(signals)
     else:
-        while _kept.empty():
+        while not _kept:
             time.sleep(_LOOK)
     ignore(signals)
 

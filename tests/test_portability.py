@@ -120,6 +120,15 @@ def test_a_signal_that_nobody_waits_for_comes_after_the_block(received: list[int
 
 
 @pytest.mark.usefixtures("_windows")
+def test_a_block_within_a_block_leaves_signals_to_the_outer_one(received: list[int]) -> None:
+    with signals.blocked():
+        with signals.blocked():
+            signal.raise_signal(signal.SIGTERM)
+        assert received == []
+    assert received == [signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("_windows")
 def test_once_a_signal_has_come_the_next_ones_are_ignored(received: list[int]) -> None:
     with signals.blocked() as blocked:
         signal.raise_signal(signal.SIGINT)
