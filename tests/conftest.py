@@ -1,4 +1,4 @@
-"""The fixtures that several test modules need."""
+"""Fixtures that several test modules share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-# Programs, which tests/recipes/test_readme.py starts.
+# Programs that tests/recipes/test_readme.py runs.
 collect_ignore_glob = ["recipes/*/*"]
 
 if sys.platform == "win32":
-    # These need signals, limits or commands of POSIX, and the others are enough for a first look.
+    # These need POSIX signals, limits or commands; the others are enough for a first look.
     collect_ignore = ["clients", "promises", "recipes", "test_portability.py", "test_signals.py"]
     collect_ignore += ["test_command.py", "test_dsmtpd.py", "test_main.py", "test_server.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Know what `make soak` asks for."""
+    """Add the option that `make soak` uses."""
     parser.addoption(
         "--soak", action="store_true", help="break things much more often, for minutes"
     )
@@ -43,14 +43,14 @@ def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Daemon]]:
-    """Start the command as a process, with the arguments of `Daemon`; end it with the test."""
+    """Yield a function that starts a `Daemon`; close each one after the test."""
     with ExitStack() as stack:
         yield lambda *args, **kwargs: stack.enter_context(closing(Daemon(*args, **kwargs)))
 
 
 @pytest.fixture(autouse=True)
 def _settings_of_main() -> Iterator[None]:
-    """Undo what `main` sets for its process, and heed signals that a script ignores."""
+    """Start with default signal handlers, whatever the caller ignores; undo what `main` sets."""
     handlers = {number: signal.getsignal(number) for number in PASSED_ON}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in named("SIGQUIT", "SIGTERM", "SIGHUP"):

@@ -8,7 +8,7 @@ from dsmtpd.auth import MECHANISMS, AuthError, decode
 
 
 def log_in(mechanism: str, *responses: bytes) -> tuple[list[bytes], str]:
-    """Return what *mechanism* asks, and who it takes a client for that gives *responses*."""
+    """Return the challenges of *mechanism*, and the user that it finds in *responses*."""
     exchange = MECHANISMS[mechanism]()
     challenges = [next(exchange), *map(exchange.send, responses[:-1])]
     with pytest.raises(StopIteration) as done:
@@ -26,12 +26,12 @@ def log_in(mechanism: str, *responses: bytes) -> tuple[list[bytes], str]:
         (b"\0\0", "(no name)"),
     ],
 )
-def test_plain_asks_for_all_at_once(response: bytes, user: str) -> None:
+def test_plain_asks_for_everything_at_once(response: bytes, user: str) -> None:
     assert log_in("PLAIN", response) == ([b""], user)
 
 
 @pytest.mark.parametrize("response", [b"", b"app", b"app\0secret", b"\0a\0b\0c"])
-def test_plain_wants_three_values(response: bytes) -> None:
+def test_plain_requires_three_values(response: bytes) -> None:
     exchange = MECHANISMS["PLAIN"]()
     next(exchange)
     with pytest.raises(AuthError, match=r"^501 5\.5\.2 "):
@@ -44,7 +44,7 @@ def test_login_asks_for_the_name_and_then_for_the_password() -> None:
     assert log_in("LOGIN", b"\xff", b"secret")[1] == r"\xff"
 
 
-def test_login_takes_no_response_of_plain_for_a_name() -> None:
+def test_login_refuses_a_plain_response_as_a_name() -> None:
     exchange = MECHANISMS["LOGIN"]()
     next(exchange)
     exchange.send(b"\0app\0secret")
@@ -70,7 +70,7 @@ DIGEST = b"b913a602c7eda7a495b4e6e7334d3890"
         ("OAUTHBEARER", b"", b"y,,\1auth=Bearer token\1\1", "(no name)"),
     ],
 )
-def test_the_other_mechanisms_ask_for_all_at_once(
+def test_the_other_mechanisms_ask_for_everything_at_once(
     mechanism: str, challenge: bytes, response: bytes, user: str
 ) -> None:
     assert log_in(mechanism, response) == ([challenge], user)
@@ -86,7 +86,7 @@ def test_the_other_mechanisms_ask_for_all_at_once(
         ("OAUTHBEARER", b"user=a@x\1auth=Bearer token\1\1"),
     ],
 )
-def test_the_other_mechanisms_take_nothing_else(mechanism: str, response: bytes) -> None:
+def test_the_other_mechanisms_refuse_malformed_responses(mechanism: str, response: bytes) -> None:
     exchange = MECHANISMS[mechanism]()
     next(exchange)
     with pytest.raises(AuthError, match=rf"^501 5\.5\.2 {mechanism} needs "):
@@ -122,7 +122,7 @@ def test_a_response_is_decoded(response: bytes, octets: bytes) -> None:
         (b"A" * 12_289, "500 5.5.6"),
     ],
 )
-def test_what_is_no_response_is_refused(response: bytes, code: str) -> None:
+def test_an_invalid_response_is_refused(response: bytes, code: str) -> None:
     with pytest.raises(AuthError) as raised:
         decode(response)
     assert str(raised.value).startswith(f"{code} ")

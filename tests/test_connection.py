@@ -43,20 +43,20 @@ if TYPE_CHECKING:
 ONE_MAIL = b"HELO x\r\n" + BEGIN + b"hi\r\n.\r\n"
 ACCEPTED = [220, 250, 250, 250, 354]
 
-# More than the buffers of a connection and of the system hold together.
+# More than a connection and the system can buffer together.
 MOST = 4 * 1024 * 1024
 
 HELP = b"HELP " + b"x" * 300 + b"\r\n"
 
 
-def test_what_a_client_sends_before_it_closes_its_half_is_carried_out_and_answered() -> None:
+def test_commands_before_a_client_closes_its_sending_side_are_executed_and_answered() -> None:
     handler = Handler()
     replies = converse([b"HELO x\r\n" + BEGIN + b".\r\nNOOP\r\nQUI"], handler)
     assert codes(replies) == [220, 250, 250, 250, 354, 250, 250]
     assert handler.contents == [b""]
 
 
-def test_a_client_that_closes_its_half_too_soon_sends_no_mail() -> None:
+def test_a_mail_cut_short_by_eof_is_not_delivered() -> None:
     handler = Handler()
     assert codes(converse([b"HELO x\r\n" + BEGIN + b"hi\r\n."], handler))[-1] == 354
     assert handler.contents == []
@@ -66,7 +66,7 @@ def test_the_server_closes_the_connection_after_quit() -> None:
     async def run() -> list[bytes]:
         wire = Wire(Handler())
         await wire.open()
-        # With two clients the replies of a turn go out together.
+        # With two clients, the replies of a turn are sent together.
         other = Wire(Handler(), service=wire.service)
         await other.open()
         await wire.send(b"QUIT\r\nNOOP\r\n")
@@ -96,7 +96,7 @@ def test_sessions_share_nothing_that_a_client_says() -> None:
     ]
 
 
-def test_a_client_that_pipelines_much_keeps_no_other_waiting() -> None:
+def test_a_client_that_pipelines_many_commands_does_not_block_another() -> None:
     async def run() -> int:
         busy = Wire(Handler())
         await busy.open()
@@ -114,10 +114,10 @@ def test_a_client_that_pipelines_much_keeps_no_other_waiting() -> None:
     assert asyncio.run(run()) < 1000
 
 
-def test_a_client_whose_commands_take_long_keeps_no_other_waiting(
+def test_a_client_with_slow_commands_does_not_block_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # To the connection, each command seems to take 4 ms; a turn has 10.
+    # Each command seems to take 4 ms; a turn may last 10 ms.
     ticks = itertools.count()
     monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.004))
 
@@ -137,7 +137,7 @@ def test_a_client_whose_commands_take_long_keeps_no_other_waiting(
 
 @pytest.mark.parametrize("others", [0, 1])
 @pytest.mark.parametrize("commands", [2, 50])
-def test_the_replies_to_commands_that_come_together_go_together(
+def test_replies_to_pipelined_commands_are_sent_together(
     commands: int, others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def run() -> list[bytes]:
@@ -176,10 +176,10 @@ def test_an_upload_that_breaks_off_leaves_nothing_in_memory() -> None:
         gc.enable()
 
 
-# What is read, and what is not.
+# Flow control.
 
 
-def test_a_client_that_does_not_read_is_waited_for() -> None:
+def test_the_server_stops_reading_from_a_client_that_does_not_read() -> None:
     async def run() -> None:
         wire = Wire(Handler())
         wire.hold_little()
@@ -192,14 +192,14 @@ def test_a_client_that_does_not_read_is_waited_for() -> None:
     asyncio.run(run())
 
 
-def test_little_is_read_of_what_a_client_pipelines_while_its_mail_is_delivered() -> None:
+def test_while_a_mail_is_delivered_little_more_is_read_from_its_client() -> None:
     async def run() -> None:
         gate = asyncio.Event()
         wire = Wire(Handler(lambda *_: gate.wait()))
         await wire.open()
         await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
         sent = await wire.fill(HELP * 100, MOST)
-        # Of that the system holds some, too.
+        # The system buffers some of this, too.
         assert 64 * 1024 < sent < 800 * 1024
         gate.set()
         count = sent // len(HELP)
@@ -210,7 +210,7 @@ def test_little_is_read_of_what_a_client_pipelines_while_its_mail_is_delivered()
     asyncio.run(run())
 
 
-# The clock.
+# Timeouts.
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def clock() -> Iterator[Clock]:
     loop.close()
 
 
-def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(
+def test_a_slow_client_is_not_cut_off_but_a_stalled_one_is(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     handler = Handler()
@@ -248,7 +248,7 @@ def test_a_client_that_makes_progress_is_not_cut_and_one_that_stalls_is(
 
 
 @pytest.mark.parametrize("said", [b"", b"HELO x\r\n" + BEGIN + b"half"])
-def test_the_server_that_stops_is_no_loss_of_the_client(
+def test_a_stopping_server_does_not_report_its_clients_as_lost(
     said: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> list[bytes]:
@@ -263,9 +263,9 @@ def test_the_server_that_stops_is_no_loss_of_the_client(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "count"), [(31, 20), (299, 1)], ids=["while it lasts", "right after it"]
+    ("seconds", "count"), [(31, 20), (299, 1)], ids=["during the delivery", "right after it"]
 )
-def test_a_client_is_not_cut_for_the_time_that_a_delivery_needs(
+def test_delivery_time_does_not_count_towards_the_timeout(
     clock: Clock, seconds: int, count: int
 ) -> None:
     async def run() -> list[bytes]:
@@ -286,7 +286,7 @@ def test_a_client_is_not_cut_for_the_time_that_a_delivery_needs(
     assert codes(clock.run_until_complete(run())) == [220, 250, 250, 250, 354, 250, 250]
 
 
-def test_a_client_that_does_not_read_is_cut_at_last_and_reported(
+def test_a_client_that_never_reads_is_cut_off_and_reported(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
@@ -303,7 +303,7 @@ def test_a_client_that_does_not_read_is_cut_at_last_and_reported(
     assert troubles(caplog) == [("WARNING", ": The client has sent nothing for 300 s")]
 
 
-# The end of the server.
+# Shutdown.
 
 
 def test_a_delivery_that_has_begun_is_acknowledged_before_the_server_hangs_up() -> None:
@@ -336,7 +336,7 @@ def test_the_server_waits_for_the_delivery_of_a_client_that_vanishes(*, stops_fi
         await wire.open()
         await wire.send(b"HELO x\r\n" + BEGIN + b".\r\n")
         if not stops_first:
-            wire.socket.close()  # with replies that it has not read: a reset
+            wire.socket.close()  # with unread replies: a reset
             await turns(6)
         ending = asyncio.create_task(wire.service.hang_up())
         await turns(6)
@@ -367,7 +367,7 @@ def test_the_server_does_not_wait_for_a_client_that_does_not_read() -> None:
     asyncio.run(run())
 
 
-def test_the_replies_to_many_commands_come_before_the_end() -> None:
+def test_many_pipelined_commands_are_answered_before_the_server_hangs_up() -> None:
     async def run() -> bytes:
         wire = Wire(Handler())
         await wire.open()
@@ -382,10 +382,10 @@ def test_the_replies_to_many_commands_come_before_the_end() -> None:
     assert codes(replies) == [220, *[250] * 101, 421]
 
 
-# What goes wrong.
+# Failures.
 
 
-def test_a_failure_in_the_middle_of_a_mail_ends_the_session_and_makes_no_command_of_the_rest(
+def test_a_failure_in_the_middle_of_a_mail_ends_the_session_and_drops_the_rest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Full(BytesIO):
@@ -413,9 +413,7 @@ def test_a_failure_in_the_middle_of_a_mail_ends_the_session_and_makes_no_command
     assert troubles(caplog) == [("ERROR", "Internal error: MemoryError()")]
 
 
-def test_the_handler_is_given_a_session_and_an_envelope_of_aiosmtpd_with_all_that_was_said() -> (
-    None
-):
+def test_the_handler_receives_a_complete_aiosmtpd_session_and_envelope() -> None:
     sessions: list[Any] = []
 
     async def keep_session(_server: object, session: object, _envelope: object) -> None:
@@ -451,7 +449,7 @@ def test_the_handler_is_given_a_session_and_an_envelope_of_aiosmtpd_with_all_tha
     assert envelope.content == envelope.original_content == content
 
 
-def test_a_client_that_says_little_leaves_the_rest_of_a_session_empty() -> None:
+def test_values_that_a_client_does_not_send_stay_empty() -> None:
     sessions: list[Any] = []
 
     async def keep_session(_server: object, session: object, _envelope: object) -> None:
@@ -465,8 +463,8 @@ def test_a_client_that_says_little_leaves_the_rest_of_a_session_empty() -> None:
     assert (envelope.mail_options, envelope.smtp_utf8, envelope.rcpt_options) == ([], False, [])
 
 
-class Excusing(Handler):
-    """Fails at each mail, and has an excuse."""
+class Refusing(Handler):
+    """Fails for each mail, and supplies the reply."""
 
     async def handle_DATA(self, *_: object) -> str:
         raise OSError(28, "No space left on device")
@@ -476,17 +474,17 @@ class Excusing(Handler):
         return f"452 {error.strerror}"
 
 
-def test_a_handler_that_fails_is_asked_for_the_reply_and_the_session_goes_on(
+def test_a_failing_handler_supplies_the_reply_and_the_session_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    replies = converse([ONE_MAIL + b"NOOP\r\n"], Excusing())
+    replies = converse([ONE_MAIL + b"NOOP\r\n"], Refusing())
     assert codes(replies) == [*ACCEPTED, 452, 250]
     assert replies[-2] == b"452 No space left on device"
     assert troubles(caplog) == []
 
 
-class Failing(Excusing):
-    """Fails at each mail, and at the excuse for it."""
+class FailingTwice(Refusing):
+    """Fails for each mail, and again when asked for the reply."""
 
     async def handle_exception(self, error: Exception) -> str:
         raise KeyError("x" * 100_000) from error
@@ -496,8 +494,10 @@ async def fail(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("handler", [Failing(), Handler(fail)], ids=["another failure", "nothing"])
-def test_a_handler_that_has_no_excuse_ends_the_session_and_is_reported_in_a_line(
+@pytest.mark.parametrize(
+    "handler", [FailingTwice(), Handler(fail)], ids=["fails again", "no handle_exception"]
+)
+def test_a_failing_handler_without_a_reply_ends_the_session_and_logs_one_line(
     handler: Handler, caplog: pytest.LogCaptureFixture
 ) -> None:
     replies = converse([ONE_MAIL + b"NOOP\r\n"], handler)
@@ -510,9 +510,7 @@ def test_a_handler_that_has_no_excuse_ends_the_session_and_is_reported_in_a_line
 
 
 @pytest.mark.parametrize("vanishes", [False, True])
-def test_a_handler_that_is_cancelled_ends_the_session_and_lets_the_server_stop(
-    *, vanishes: bool
-) -> None:
+def test_a_cancelled_handler_ends_the_session_and_lets_the_server_stop(*, vanishes: bool) -> None:
     async def run() -> None:
         gate = asyncio.Event()
 
@@ -525,7 +523,7 @@ def test_a_handler_that_is_cancelled_ends_the_session_and_lets_the_server_stop(
         await wire.open()
         await wire.send(ONE_MAIL + b"NOOP\r\n")
         if vanishes:
-            wire.socket.close()  # with replies that it has not read: a reset
+            wire.socket.close()  # with unread replies: a reset
             await turns(3)
         ending = asyncio.create_task(wire.service.hang_up())
         await turns(3)
@@ -576,7 +574,7 @@ def test_a_verbose_session_is_logged_in_both_directions_with_its_peer(
     assert not any("secret" in text for text in texts)
 
 
-def test_a_reply_that_is_delayed_comes_later_and_reading_waits_for_it(clock: Clock) -> None:
+def test_reading_pauses_until_a_delayed_reply_is_sent(clock: Clock) -> None:
     async def talk() -> None:
         wire = Wire(Handler(), failures=(Rule.parse("mail:delay=400:a@*:1"),))
         await wire.open()
@@ -608,7 +606,7 @@ def test_a_client_is_not_cut_for_the_time_that_a_delay_takes(clock: Clock) -> No
     assert codes(clock.run_until_complete(talk())) == [220, 250, 250, 250]
 
 
-def test_a_connection_that_is_to_be_cut_is_told_what_was_said_before() -> None:
+def test_earlier_replies_are_sent_before_a_connection_is_dropped() -> None:
     rule = Rule.parse("rcpt:drop")
     replies = converse(
         [b"HELO x\r\nMAIL FROM:<a@x>\r\nRCPT TO:<b@x>\r\nNOOP\r\n"], Handler(), failures=(rule,)

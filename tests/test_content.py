@@ -20,7 +20,7 @@ def content(*lines: str | bytes) -> Content:
     return Content.from_bytes(mail(*lines))
 
 
-def test_fields_are_unfolded_and_decoded_in_their_order() -> None:
+def test_fields_are_unfolded_and_decoded_in_order() -> None:
     whole = content(
         "From: =?utf-8?q?Zo=C3=AB?= <zoe@x.test>", "To: a@x,", "\tb@x", "to: c@x", b"X: \xe9", ""
     )
@@ -72,7 +72,9 @@ def test_a_text_is_decoded_and_its_link_is_whole(fields: list[str], body: str) -
         ("; charset*=utf-8''utf-8", "é".encode(), "é"),
     ],
 )
-def test_a_text_has_the_charset_that_is_meant(charset: str, octets: bytes, text: str) -> None:
+def test_a_text_is_decoded_with_the_charset_that_was_meant(
+    charset: str, octets: bytes, text: str
+) -> None:
     assert content(f"Content-Type: text/plain{charset}", "", octets).text == f"{text}\n"
 
 
@@ -101,7 +103,7 @@ def test_the_bodies_and_all_other_parts_are_found() -> None:
     assert octets.startswith(b"Subject: forwarded\n")
 
 
-def test_a_text_that_is_attached_or_comes_second_is_an_attachment() -> None:
+def test_an_attached_or_second_text_is_an_attachment() -> None:
     whole = EmailMessage()
     whole.set_content("one")
     whole.make_mixed()
@@ -116,7 +118,7 @@ def test_a_text_that_is_attached_or_comes_second_is_an_attachment() -> None:
     ]
 
 
-def test_a_text_that_is_attached_without_a_name_is_no_body() -> None:
+def test_a_text_attached_without_a_name_is_not_the_body() -> None:
     whole = content("Content-Disposition: attachment", "", "attached")
     assert (whole.text, whole.attachments) == (
         "",
@@ -124,7 +126,7 @@ def test_a_text_that_is_attached_without_a_name_is_no_body() -> None:
     )
 
 
-def test_a_mail_without_a_text_has_none() -> None:
+def test_a_mail_with_only_html_has_no_text_but_is_readable() -> None:
     whole = content("Content-Type: text/html", "", "<p>Hi")
     assert (whole.text, whole.html, whole.attachments) == ("", "<p>Hi\n", ())
     assert whole.readable() == "Hi"
@@ -144,11 +146,11 @@ def test_a_mail_without_a_text_has_none() -> None:
         ("ftp://x.test, x.test, https:// and a@x.test", []),
     ],
 )
-def test_the_links_of_a_text_end_before_the_punctuation(text: str, links: list[str]) -> None:
+def test_links_in_a_text_end_before_punctuation(text: str, links: list[str]) -> None:
     assert list(content("Content-Type: text/plain; charset=utf-8", "", text).links) == links
 
 
-def test_the_links_of_text_and_html_come_once_each() -> None:
+def test_each_link_in_text_and_html_is_listed_once() -> None:
     whole = EmailMessage()
     whole.set_content("https://x.test/1 https://x.test/2")
     html = '<a href=" https://x.test/2 ">2</a><a href="app://3">3</a><area href="/4"><a href>5</a>'
@@ -174,7 +176,7 @@ def test_the_links_of_text_and_html_come_once_each() -> None:
         ("</a></pre></style>text<!-- no --><![CDATA[no]]>", "text"),
     ],
 )
-def test_html_is_read_as_a_text_with_its_links(html: str, text: str) -> None:
+def test_html_becomes_text_with_its_links(html: str, text: str) -> None:
     assert Reader(html).text == text
 
 
@@ -183,7 +185,7 @@ def test_a_broken_multipart_is_kept_whole() -> None:
     assert whole.attachments == (Attachment("", "multipart/mixed", b"lost?\r\n"),)
 
 
-def test_parts_in_parts_in_parts_are_read_as_far_as_that_goes() -> None:
+def test_too_deeply_nested_parts_become_one_attachment() -> None:
     deep = (f"Content-Type: multipart/mixed; boundary={n}\r\n\r\n--{n}\r\n" for n in range(3000))
     whole = Content.from_bytes(b"Subject: deep\r\n" + "".join(deep).encode())
     assert whole.subject == "deep"
@@ -205,9 +207,9 @@ PIECES = [
 ]
 
 
-def test_nothing_that_a_mail_holds_makes_reading_it_fail() -> None:
+def test_no_content_makes_reading_a_mail_fail() -> None:
     for seed in range(1500):
-        chance = Random(seed)  # noqa: S311  # no secret
+        chance = Random(seed)  # noqa: S311  # not for secrets
         pieces = chance.choices(PIECES, k=chance.randint(1, 60))
         whole = Content.from_bytes("".join(pieces).encode("utf-8", "surrogateescape"))
         assert "\r" not in whole.text + whole.html

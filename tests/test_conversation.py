@@ -51,11 +51,11 @@ def login(user: str, mechanism: str = "PLAIN") -> Report:
 
 
 class Outcome(NamedTuple):
-    """What a conversation wants done after its greeting."""
+    """What a conversation asks its caller to do after the greeting."""
 
     octets: bytes  # of all replies
     others: list[object]
-    refusals: tuple[str, ...] = ()  # as they are reported
+    refusals: tuple[str, ...] = ()  # as reported
 
     @property
     def lines(self) -> list[str]:
@@ -70,7 +70,6 @@ class Outcome(NamedTuple):
 
     @property
     def mails(self) -> list[Mail]:
-        """The mails."""
         return [action for action in self.others if isinstance(action, Mail)]
 
     @property
@@ -85,7 +84,7 @@ class Outcome(NamedTuple):
 
 
 def pull(conversation: Conversation) -> list[object]:
-    """Return what is to be done now, with every mail delivered at once."""
+    """Return all pending actions; deliver every mail at once."""
     actions: list[object] = []
     while (action := conversation.next_action()) is not None:
         actions.append(action)
@@ -95,7 +94,7 @@ def pull(conversation: Conversation) -> list[object]:
 
 
 def begin(offer: Offer = OFFER, *pieces: bytes) -> Conversation:
-    """Return a conversation that has greeted, and has answered *pieces*."""
+    """Return a conversation that has sent its greeting and answered *pieces*."""
     conversation = Conversation(offer)
     assert conversation.next_action() == GREETING
     for piece in pieces:
@@ -125,13 +124,13 @@ def converse(*pieces: bytes, offer: Offer = OFFER, eof: bool = False) -> Outcome
 
 
 def say(octets: bytes | str, *, offer: Offer = OFFER, eof: bool = False) -> Outcome:
-    """Return the outcome of *octets*, which is the same wherever they are cut."""
+    """Return the outcome of *octets*; check that it is the same wherever they are split."""
     if isinstance(octets, str):
         octets = octets.encode("utf-8", "surrogateescape")
     whole = converse(octets, offer=offer, eof=eof)
     single = [octets[i : i + 1] for i in range(len(octets))]
     assert lasting(converse(*single, offer=offer, eof=eof)) == lasting(whole)
-    # A place in the middle of a very long line is like its neighbours.
+    # In a very long line, neighbouring places behave alike: about 200 are enough.
     for cut in range(0, len(octets), 1 + len(octets) // 200):
         pieces = octets[:cut], octets[cut:]
         assert lasting(converse(*pieces, offer=offer, eof=eof)) == lasting(whole)
@@ -139,12 +138,12 @@ def say(octets: bytes | str, *, offer: Offer = OFFER, eof: bool = False) -> Outc
 
 
 def lasting(whole: Outcome) -> Outcome:
-    """Return *whole* without what is reported at once of a mail that seems not to end."""
+    """Return *whole* without LF_ALONE, whose report depends on where the octets are split."""
     return whole._replace(others=[a for a in whole.others if a != Report(LF_ALONE)])
 
 
 def ask(*commands: str, offer: Offer = OFFER) -> Outcome:
-    """Return the outcome of *commands*; before them comes an EHLO, whose reply is left out."""
+    """Return the outcome of *commands* after an EHLO, without the reply to the EHLO."""
     whole = say("".join(f"{command}\r\n" for command in ("EHLO x", *commands)), offer=offer)
     return whole._replace(octets=whole.octets.partition(b"\r\n250 HELP\r\n")[2])
 
@@ -228,7 +227,7 @@ def test_commands_out_of_order_are_refused(commands: list[str], codes: list[int]
     assert ask(*commands).codes == codes
 
 
-def test_before_a_client_has_said_its_name_it_cannot_log_in_or_send() -> None:
+def test_before_helo_a_client_cannot_log_in_or_send() -> None:
     assert say(f"{MAIL}\r\n{RCPT}\r\nDATA\r\nAUTH PLAIN\r\n").lines == [
         "503 Error: send HELO first",
         "503 Error: need MAIL command",
@@ -237,7 +236,7 @@ def test_before_a_client_has_said_its_name_it_cannot_log_in_or_send() -> None:
     ]
 
 
-def test_a_client_is_known_by_the_last_name_that_it_says() -> None:
+def test_the_last_helo_or_ehlo_sets_the_host_name() -> None:
     conversation = begin(OFFER, b"EHLO [192.0.2.1]\r\n")
     assert (conversation.host_name, conversation.extended) == ("[192.0.2.1]", True)
     conversation.receive(b"HELO  caf\xe9 \r\n")
@@ -245,7 +244,7 @@ def test_a_client_is_known_by_the_last_name_that_it_says() -> None:
     assert (conversation.host_name, conversation.extended) == ("caf\udce9", False)
 
 
-def test_a_reply_may_hold_what_no_encoding_can_express() -> None:
+def test_a_lone_surrogate_in_a_reply_is_escaped() -> None:
     conversation = begin(OFFER, EHLO + BEGIN)
     conversation.receive(b".\r\n")
     assert isinstance(conversation.next_action(), Mail)
@@ -253,19 +252,19 @@ def test_a_reply_may_hold_what_no_encoding_can_express() -> None:
     assert pull(conversation) == [Reply("250 OK \\udcff é\r\n".encode())]
 
 
-def test_quit_closes_and_forgets_what_follows() -> None:
+def test_quit_closes_the_session_and_drops_what_follows() -> None:
     assert say("QUIT\r\nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Control.CLOSE])
     assert say("quit  \nNOOP\r\n") == Outcome(b"221 Bye\r\n", [Control.CLOSE])
 
 
-def test_the_fifth_unknown_command_closes() -> None:
+def test_the_fifth_unknown_command_closes_the_session() -> None:
     whole = say("X\r\n\r\nNOOP\r\n" + "Host: x\r\nX\r\n" * 4 + "NOOP\r\n")
     assert whole.codes == [500, 500, 250, 500, 500, 500, 500, 500, 500, 500, 421]
     assert whole.lines[-1] == "421 4.7.0 Too many unrecognized commands"
     assert whole.others == [Control.CLOSE]
 
 
-def test_the_count_of_unknown_commands_begins_anew_with_each_mail() -> None:
+def test_each_mail_resets_the_count_of_unknown_commands() -> None:
     mail = [MAIL, RCPT, "DATA", "."]
     whole = ask(*["XCLIENT x", "XCLIENT y", *mail] * 5)
     assert whole.codes == [500, 500, *GROUP, 250] * 5
@@ -367,7 +366,7 @@ def test_a_parameter_that_is_not_offered_in_this_form_is_accepted_and_reported(
         assert whole.reports == [f"Other servers may refuse this: {keyword} in {command}"]
 
 
-def test_each_parameter_is_reported_and_after_helo_none_is_offered() -> None:
+def test_each_unoffered_parameter_is_reported_and_helo_offers_none() -> None:
     mail = "MAIL FROM:<a@x> SIZE=9 RET=HDRS ENVID=Q"
     rcpts = ["RCPT TO:<b@x> NOTIFY=NEVER ENVID=Q", "RCPT TO:<c@x> NOTIFY=SUCCESS SIZE=1 BODY=7BIT"]
     helo = ask("HELO x", "MAIL FROM:<a@x> SIZE=1").reports
@@ -382,7 +381,7 @@ def test_each_parameter_is_reported_and_after_helo_none_is_offered() -> None:
     ]
 
 
-def test_smtputf8_holds_for_the_whole_envelope_and_no_longer() -> None:
+def test_smtputf8_applies_to_the_whole_envelope_and_ends_with_it() -> None:
     assert ask("MAIL FROM:<é@x> SMTPUTF8", "RCPT TO:<é@x>", "RSET", MAIL, RCPT).reports == []
     fault = "Other servers may refuse this: an address beyond ASCII without SMTPUTF8 in RCPT"
     whole = ask("MAIL FROM:<a@x> SMTPUTF8", "RSET", MAIL, "RCPT TO:<é@x>")
@@ -406,18 +405,18 @@ def test_the_10001st_recipient_is_refused_and_the_others_get_the_mail() -> None:
     assert [len(mail.forward_paths) for mail in whole.mails] == [10_000]
 
 
-def test_recipients_of_more_than_a_mebibyte_are_refused() -> None:
+def test_recipients_over_a_mebibyte_in_total_are_refused() -> None:
     longest = b"RCPT TO:<b@x> X=%s\r\n" % "é".encode().ljust(501, b"x")
     assert len(longest) == len("RCPT \r\n") + 512
     for recipient, code in ((longest, 250), (longest.replace(b"=", b"=="), 452)):
         whole = converse(EHLO + BEGIN[:17] + longest * 2047 + recipient + longest)
         assert whole.codes == [250, 250, *[250] * 2047, code, 452]
-    # What is refused counts as well: it uses no memory, but time.
+    # Refused recipients count too: they use no memory, but time.
     whole = converse(EHLO + BEGIN[:17] + longest.replace(b":", b";") * 2048 + longest)
     assert whole.codes == [250, 250, *[501] * 2048, 452]
 
 
-def test_a_client_with_a_token_logs_in_without_showing_it() -> None:
+def test_a_login_by_token_or_digest_reports_only_the_name() -> None:
     whole = ask("AUTH XOAUTH2 dXNlcj1hQHgBYXV0aD1CZWFyZXIgdG9rAQE=")
     assert (whole.lines, whole.others) == ([SUCCESS], [login("a@x", "XOAUTH2")])
     whole = ask("AUTH CRAM-MD5", b64("tim b913a602c7eda7a495b4e6e7334d3890"))
@@ -464,9 +463,7 @@ def test_any_credentials_are_accepted_and_only_the_name_is_logged(
         ("501 5.5.2 LOGIN needs a name without NUL", [f"LOGIN {PLAIN},="]),
     ],
 )
-def test_after_an_exchange_that_fails_the_client_may_try_again(
-    reply: str, exchanges: list[str]
-) -> None:
+def test_after_a_failed_exchange_the_client_may_try_again(reply: str, exchanges: list[str]) -> None:
     for exchange in exchanges:
         whole = ask(*f"AUTH {exchange}".split(","), LOGIN)
         assert whole.lines[-2:] == [reply, SUCCESS]
@@ -474,7 +471,7 @@ def test_after_an_exchange_that_fails_the_client_may_try_again(
         assert_keeps_secrets(whole)
 
 
-def test_a_line_of_auth_may_have_12288_octets() -> None:
+def test_an_auth_line_may_have_12288_octets() -> None:
     longest = b64("\0" + "n" * 9000 + "\0" + "s" * 214)
     assert len(longest) == 12_288
     assert ask("AUTH PLAIN", longest).others == [login("n" * 9000)]
@@ -484,7 +481,7 @@ def test_a_line_of_auth_may_have_12288_octets() -> None:
 
 
 @pytest.mark.parametrize("octets", [12_289, 12_292, 100_000])
-def test_a_longer_line_of_auth_is_refused_and_the_session_goes_on(octets: int) -> None:
+def test_a_longer_auth_line_is_refused_and_the_session_goes_on(octets: int) -> None:
     too_long = b"A" * octets + b"\r\n"
     for cut in (0, 5, 12_289):
         pieces = too_long[:cut], too_long[cut:]
@@ -494,13 +491,13 @@ def test_a_longer_line_of_auth_is_refused_and_the_session_goes_on(octets: int) -
     assert converse(EHLO, b"AUTH PLAIN " + too_long).lines[1].startswith("500 5.5.6 ")
 
 
-def test_auth_that_is_disabled_is_refused_and_the_session_goes_on() -> None:
+def test_disabled_auth_is_refused_and_the_session_goes_on() -> None:
     whole = ask(LOGIN, "NOOP", offer=PLAINER)
     refusal = "AUTH PLAIN was refused: 502 5.5.1 AUTH is disabled"
     assert whole == Outcome(b"502 5.5.1 AUTH is disabled\r\n250 OK\r\n", [], (refusal,))
 
 
-def test_the_user_has_logged_in_when_the_login_is_logged() -> None:
+def test_a_login_is_reported_before_it_is_answered() -> None:
     conversation = begin(OFFER, EHLO)
     conversation.receive(f"AUTH PLAIN {PLAIN}\r\n".encode())
     assert conversation.next_action() == login("app@example.com")
@@ -511,7 +508,7 @@ MUTE = "The client left after the TLS handshake without a word"
 MUTE += "; perhaps it does not trust the certificate"
 
 
-def test_starttls_forgets_what_came_in_clear() -> None:
+def test_starttls_discards_what_the_client_said_in_clear_text() -> None:
     conversation = begin(STARTTLS, EHLO, f"AUTH PLAIN {PLAIN}\r\n".encode(), BEGIN[:17])
     conversation.receive(b"STARTTLS\r\n")
     assert pull(conversation) == [Reply(b"220 Ready to start TLS\r\n"), Control.BEGIN_TLS]
@@ -530,7 +527,7 @@ def test_starttls_forgets_what_came_in_clear() -> None:
 
 
 @pytest.mark.parametrize("injected", [EHLO + BEGIN + b"evil\r\n.\r\n", b"E"])
-def test_what_is_sent_after_starttls_in_clear_is_dropped_and_reported(injected: bytes) -> None:
+def test_clear_text_after_starttls_is_dropped_and_reported(injected: bytes) -> None:
     conversation = begin(STARTTLS)
     conversation.receive(b"RSET\r\nSTARTTLS\r\n" + injected)
     text = "Dropped what was sent after STARTTLS without waiting for the reply"
@@ -584,7 +581,7 @@ def test_only_a_client_that_says_nothing_after_the_handshake_is_reported(
 
 CONTENTS = [b"", b"\r\n", b"\r\n\r\n", b".\r\n", b"..\r\n", b".\r\n.\r\n", b"\x00\xff\r\n"]
 CONTENTS += [b"Subject: x\r\n\r\n.hidden\r\n..\r\nend\r\n"]
-# The dot alone ends no mail without a CRLF on both sides.
+# A dot ends a mail only between two CRLF.
 CONTENTS += [b"a\n.\nb\r\n", b"a\r.\rb\r\n", b"a\n.\r\nb\r\n", b"a\r.\r\nb\r\n", b"a\r\n.\nb\r\n"]
 CONTENTS += [b"a\r\n.\rb\r\n", b"a\r\n.\r\r\nb\r\n", b"a\r\n.\n\r\nb\r\n", b"\r\r\n.\r\n"]
 CONTENTS += [b"a\n.\nMAIL FROM:<evil@x>\r\n", b"\n.\r\n"]
@@ -597,7 +594,7 @@ def stuffed(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-def test_the_content_is_the_same_wherever_it_is_cut(content: bytes) -> None:
+def test_the_content_is_the_same_wherever_it_is_split(content: bytes) -> None:
     whole = say(EHLO + BEGIN + stuffed(content) + b"NOOP\r\n", offer=PLAINER)
     assert whole.codes == [250, *GROUP, 250, 250]
     assert whole.contents == [content]
@@ -652,7 +649,7 @@ def test_a_line_may_be_as_long_as_the_mail(octets: int) -> None:
 
 @pytest.mark.parametrize("line", [b"x" * 6 + b"\r\n", b".\r\n", b"..\r\n", b"\r\n"])
 @pytest.mark.parametrize("lines", [1, 7, 10_000])
-def test_the_limit_counts_the_mail_without_the_stuffing(line: bytes, lines: int) -> None:
+def test_the_size_limit_does_not_count_dot_stuffing(line: bytes, lines: int) -> None:
     content = line * lines
     for limit, code in ((len(content), 250), (len(content) - 1, 552)):
         offer = Offer(hostname="mx.example.org", max_size=limit)
@@ -671,7 +668,7 @@ def test_a_mail_over_the_limit_is_refused_and_the_next_one_accepted() -> None:
     assert whole.contents == [b"small\r\n"]
 
 
-def test_what_is_over_the_limit_uses_no_memory() -> None:
+def test_octets_over_the_limit_use_no_memory() -> None:
     conversation = begin(Offer(hostname="mx.example.org", max_size=1_000_000), EHLO, BEGIN)
     chunk = (b"x" * 98 + b"\r\n") * 10_000
     tracemalloc.start()
@@ -688,14 +685,14 @@ def test_what_is_over_the_limit_uses_no_memory() -> None:
 
 
 def deliver(rest: bytes = b"") -> Conversation:
-    """Return a conversation that has a mail out for delivery; *rest* follows it."""
+    """Return a conversation whose mail is being delivered; *rest* follows the mail."""
     conversation = begin(OFFER, EHLO, BEGIN)
     conversation.receive(b".\r\n" + rest)
     assert isinstance(conversation.next_action(), Mail)
     return conversation
 
 
-def test_nothing_is_carried_out_while_a_mail_is_out() -> None:
+def test_commands_wait_while_a_mail_is_being_delivered() -> None:
     conversation = deliver(b"NOOP\r\n")
     assert (conversation.next_action(), conversation.unread) == (None, 6)
     conversation.receive(b"QUIT\r\nQUIT\r\n", 6)
@@ -706,14 +703,14 @@ def test_nothing_is_carried_out_while_a_mail_is_out() -> None:
     assert conversation.unread == 0
 
 
-def test_a_421_of_the_delivery_closes() -> None:
+def test_a_421_from_the_delivery_closes_the_session() -> None:
     conversation = deliver(b"NOOP\r\n")
     conversation.delivered("421 4.3.2 Stopping")
     assert pull(conversation) == [Reply(b"421 4.3.2 Stopping\r\n"), Control.CLOSE]
     assert conversation.unread == 0
 
 
-def test_a_delivery_is_answered_once_and_not_after_a_loss() -> None:
+def test_a_delivery_is_answered_once_and_not_after_the_client_is_lost() -> None:
     conversation = deliver(b"NOOP\r\n")
     conversation.lost()
     conversation.delivered("250 OK")
@@ -726,11 +723,13 @@ def test_a_delivery_is_answered_once_and_not_after_a_loss() -> None:
 
 @pytest.mark.parametrize("pieces", [[], [EHLO], [EHLO, BEGIN], [EHLO, b"AUTH LOGIN\r\n"]])
 @pytest.mark.parametrize("octets", [b"NOOP\r\n", b"NO", b"a\r\n.\r\n", b"c2Vj"])
-def test_after_a_loss_nothing_is_carried_out_or_kept(pieces: list[bytes], octets: bytes) -> None:
+def test_after_the_client_is_lost_nothing_is_executed_or_kept(
+    pieces: list[bytes], octets: bytes
+) -> None:
     conversation = begin(OFFER, *pieces) if pieces else Conversation(OFFER)
     conversation.receive(octets)
     conversation.lost()
-    # Half a mail is reported.
+    # An unfinished mail is reported.
     assert len(pull(conversation)) == (BEGIN in pieces and b"\n.\r\n" not in octets)
     for _ in range(2):
         assert (conversation.next_action(), conversation.unread) == (None, 0)
@@ -738,7 +737,7 @@ def test_after_a_loss_nothing_is_carried_out_or_kept(pieces: list[bytes], octets
         conversation.receive_eof()
 
 
-def test_what_comes_after_the_end_is_ignored() -> None:
+def test_input_after_quit_is_ignored() -> None:
     conversation = begin(OFFER)
     conversation.receive(b"QUIT\r\n")
     assert pull(conversation) == [Reply(b"221 Bye\r\n"), Control.CLOSE]
@@ -760,17 +759,17 @@ def test_what_comes_after_the_end_is_ignored() -> None:
         (BEGIN + b"a\r\n.\r\nNOOP\r\n", [*GROUP, 250, 250], [b"a\r\n"]),
     ],
 )
-def test_whole_lines_are_carried_out_before_the_end(
+def test_complete_lines_before_eof_are_executed(
     octets: bytes, codes: list[int], contents: list[bytes]
 ) -> None:
     whole = say(EHLO + octets, eof=True)
     assert whole.codes == [250, *codes]
     assert whole.contents == contents
     assert whole.others[-1] == Control.CLOSE
-    assert len(whole.reports) == (codes == GROUP)  # for half a mail
+    assert len(whole.reports) == (codes == GROUP)  # for an unfinished mail
 
 
-def test_a_client_may_end_while_its_mail_is_out() -> None:
+def test_a_client_may_send_eof_while_its_mail_is_being_delivered() -> None:
     conversation = deliver(b"VRFY x\r\nNOOP")
     conversation.receive_eof()
     assert conversation.next_action() is None
@@ -788,13 +787,13 @@ REPLIES |= {"AUTH": 334, "DATA": 354, "MAIL": 250, "RCPT": 250}
 
 
 class Model:
-    """What the replies to LINES depend on, written down without regard to how they arrive."""
+    """The state that decides the replies to LINES, however they arrive."""
 
     def __init__(self) -> None:
         self.name, self.unknown = "", 0
         self.extended: bool | None = None
         self.user: str | None = None
-        self.names: list[str] | None = None  # which an exchange of AUTH has brought
+        self.names: list[str] | None = None  # the responses in the current AUTH exchange
         self.envelope: tuple[str, list[str]] = "", []
 
     def answer(self, line: str) -> int:
@@ -819,7 +818,7 @@ class Model:
         return REPLIES.get(verb, 421 if verb and self.unknown == 5 else 500)
 
     def allows(self, verb: str) -> bool:
-        """Return whether *verb* has its turn."""
+        """Return whether *verb* is allowed now."""
         sender, recipients = self.envelope
         greeted = self.extended is not None
         needs = {"MAIL": greeted and not sender, "RCPT": sender, "DATA": recipients}
@@ -827,7 +826,7 @@ class Model:
         return bool(needs.get(verb, True))
 
     def respond(self, names: list[str], line: str) -> int:
-        """Return the code of the reply to the response *line*."""
+        """Return the code of the reply to *line*, a response in an AUTH exchange."""
         self.names = None
         try:
             names.append(b64decode(line, validate=True).decode(errors="backslashreplace"))
@@ -895,12 +894,12 @@ test_a_session_answers_as_the_model_does = Sessions.TestCase
 
 
 @pytest.mark.parametrize("octets", [12_276, 12_277, 12_278, 12_279, 20_000])
-def test_a_long_auth_command_has_the_same_reply_however_it_is_cut(octets: int) -> None:
+def test_a_long_auth_command_has_the_same_reply_however_it_is_split(octets: int) -> None:
     code = 501 if octets < 12_278 else 500
     assert say(EHLO + b"AUTH PLAIN " + b"A" * octets + b"\r\nNOOP\r\n").codes == [250, code, 250]
 
 
-def test_what_comes_between_the_reply_to_starttls_and_the_handshake_is_dropped() -> None:
+def test_input_between_the_starttls_reply_and_the_handshake_is_dropped() -> None:
     conversation = begin(STARTTLS)
     conversation.receive(b"STARTTLS\r\n")
     assert conversation.next_action() == Reply(b"220 Ready to start TLS\r\n")
@@ -912,7 +911,7 @@ def test_what_comes_between_the_reply_to_starttls_and_the_handshake_is_dropped()
     assert conversation.unread == 0
 
 
-def test_a_space_beyond_ascii_is_no_separator() -> None:
+def test_a_non_ascii_space_is_not_a_separator() -> None:
     assert say(EHLO + b"AUTH PLAIN \xc2\xa0\r\n").codes == [250, 501]
 
 
@@ -932,7 +931,7 @@ def test_each_octet_of_a_mail_is_copied_once() -> None:
     assert mail.content == bytes(buffer) * 512
 
 
-# What the log is told of refusals and losses.
+# Reports of refusals and lost clients.
 
 
 @pytest.mark.parametrize(
@@ -969,7 +968,7 @@ def test_each_refusal_is_reported(command: str, report: str) -> None:
 
 @pytest.mark.parametrize("offer", [OFFER, PLAINER])
 @pytest.mark.parametrize("secret", ["c2VjcmV0", "secret!", "hunter two"])
-def test_what_may_be_a_password_is_reported_as_its_length(offer: Offer, secret: str) -> None:
+def test_a_possible_password_is_reported_only_by_its_length(offer: Offer, secret: str) -> None:
     commands = ["AUTH LOGIN !", secret, f"{secret}s", "RSET", "X"]
     *_, first, second, last = ask(*commands, offer=offer).refusals
     assert first.startswith(f"A line of {len(secret)} octets was refused: 500 ")
@@ -978,7 +977,7 @@ def test_what_may_be_a_password_is_reported_as_its_length(offer: Offer, secret: 
 
 
 @pytest.mark.parametrize("refused", [["AUTH PLAIN " + "A" * 12_288], [LOGIN, "AUTH LOGIN"]])
-def test_a_password_after_any_auth_that_is_refused_is_not_shown(refused: list[str]) -> None:
+def test_a_password_after_a_refused_auth_is_not_shown(refused: list[str]) -> None:
     whole = ask(*refused, "YXBw", "RSET", "X")
     assert whole.refusals[-2].startswith("A line of 4 octets was refused: 500 ")
     assert whole.refusals[-1].startswith("X was refused: 500 ")
@@ -988,7 +987,7 @@ def test_an_unknown_command_after_a_login_is_shown() -> None:
     assert ask(LOGIN, "XCLIENT x").refusals[0].startswith("XCLIENT was refused: 500 ")
 
 
-def test_a_response_that_is_refused_is_not_shown() -> None:
+def test_a_refused_response_is_not_shown() -> None:
     whole = ask("AUTH LOGIN", USER, "secret!", "AUTH PLAIN", "secret")
     assert whole.refusals == (
         "A response to AUTH LOGIN was refused: 501 5.5.2 Cannot decode base64",
@@ -1007,7 +1006,7 @@ def test_a_mail_that_is_too_large_is_reported() -> None:
     )
 
 
-def test_without_smtputf8_its_parameter_is_refused() -> None:
+def test_the_smtputf8_parameter_is_refused_when_disabled() -> None:
     whole = ask(f"{MAIL} SMTPUTF8", MAIL, offer=PLAINER)
     assert whole.lines == ["555 5.5.4 SMTPUTF8 is disabled", "250 OK"]
     assert whole.refusals == (f"{MAIL} SMTPUTF8 was refused: {whole.lines[0]}",)
@@ -1034,7 +1033,7 @@ def test_a_mail_that_breaks_off_is_reported(*, eof: bool) -> None:
         (EHLO + b"NOOP\r\nRSET\r\n", []),
     ],
 )
-def test_a_client_that_leaves_between_two_mails_is_not_reported(
+def test_a_client_that_leaves_between_mails_is_not_reported(
     said: bytes, reports: list[Report]
 ) -> None:
     conversation = begin(OFFER, said)
@@ -1042,7 +1041,7 @@ def test_a_client_that_leaves_between_two_mails_is_not_reported(
     assert pull(conversation) == reports
 
 
-def test_a_client_that_is_cut_is_reported_with_the_reason() -> None:
+def test_a_client_that_is_cut_off_is_reported_with_the_reason() -> None:
     conversation = begin(OFFER, EHLO + BEGIN)
     conversation.lost("It sleeps")
     text = "It sleeps in the middle of a mail from a@x for b@x, after 0 octets"
@@ -1064,13 +1063,15 @@ def test_a_client_that_is_cut_is_reported_with_the_reason() -> None:
         [b"x" * 70_000 + b"\n.\n"],
     ],
 )
-def test_a_mail_that_never_ends_is_reported_once_and_does_not_end(pieces: list[bytes]) -> None:
+def test_a_mail_that_ends_with_lf_alone_is_reported_once_and_stays_open(
+    pieces: list[bytes],
+) -> None:
     whole = converse(EHLO + BEGIN, *pieces)
     assert whole.others == [Report(LF_ALONE)]
     assert whole.codes[-1] == 354
 
 
-def test_a_line_feed_and_a_dot_within_a_mail_are_not_reported() -> None:
+def test_a_dot_between_bare_lfs_within_a_mail_is_not_reported() -> None:
     assert converse(EHLO + BEGIN + b"a\n.\nb\r\n.\r\n").others[:-1] == []
     assert converse(EHLO + BEGIN, b"a\r\nb\n.\nc\r\n", b".\r\n").others[:-1] == []
 
@@ -1088,21 +1089,23 @@ def test_a_line_feed_and_a_dot_within_a_mail_are_not_reported() -> None:
         (b"lhlo\r\n", "LMTP"),
     ],
 )
-def test_a_client_that_does_not_speak_smtp_is_reported_and_left(said: bytes, stranger: str) -> None:
+def test_a_client_that_does_not_speak_smtp_is_reported_and_disconnected(
+    said: bytes, stranger: str
+) -> None:
     whole = say(said + EHLO + BEGIN + b"evil\r\n.\r\n")
     assert whole == (b"", [Report(f"The client speaks {stranger}"), Control.CLOSE], ())
     later = converse(EHLO, said + b"\r\nNOOP\r\n")
     assert (later.codes[-1], later.others) == (250, [])
 
 
-def test_version_2_of_the_proxy_protocol_is_known_by_its_first_octets() -> None:
+def test_version_2_of_the_proxy_protocol_is_recognised_by_its_first_octets() -> None:
     said = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c" + bytes(12)
     report = Report("The client speaks the PROXY protocol")
     assert converse(said + EHLO) == (b"", [report, Control.CLOSE], ())
     assert converse(said[:2], said[2:]).codes == [500, 500, 500, 221]
 
 
-def test_a_client_gets_20_warnings_until_its_next_mail() -> None:
+def test_a_client_causes_at_most_20_warnings_before_its_next_mail() -> None:
     mail = f"{MAIL}\r\n{RCPT}\r\nDATA\r\n.\r\n".encode()
     last = Report("Further warnings are not shown until the next mail of this client")
     for fault in (b"x-y\r\n", b"RCPT TO:a@x\r\n"):
@@ -1120,11 +1123,11 @@ def test_a_greeting_without_a_name_is_accepted_and_reported(verb: str) -> None:
     assert whole.reports == [f"Other servers may refuse this: {verb} without a name"] * 2
 
 
-# What a verbose session reports.
+# Verbose sessions.
 
 
 def heard(octets: str) -> list[str]:
-    """Return what a verbose session reports of the client that sends *octets*, cut anywhere."""
+    """Return what a verbose session reports about *octets*, however they are split."""
     found = []
     for size in (1, 7, 10_000):
         conversation = Conversation(OFFER, verbose=True)
@@ -1137,7 +1140,7 @@ def heard(octets: str) -> list[str]:
     return found[0]
 
 
-def test_a_verbose_session_reports_what_the_client_says_before_it_is_answered() -> None:
+def test_a_verbose_session_reports_what_the_client_says_before_replying() -> None:
     conversation = Conversation(OFFER, verbose=True)
     conversation.receive(EHLO + BEGIN + b"..\r\n.\r\nBREW tea\r\n")
     actions = pull(conversation)
@@ -1163,11 +1166,11 @@ def test_a_verbose_session_reports_what_the_client_says_before_it_is_answered() 
         ("NOOP x  y \r\nRSET\r\n", ["NOOP x  y ", "RSET"]),
     ],
 )
-def test_a_verbose_session_masks_what_may_be_a_password(said: str, texts: list[str]) -> None:
+def test_a_verbose_session_masks_possible_passwords(said: str, texts: list[str]) -> None:
     assert heard(f"EHLO x\r\n{said}")[1:] == texts
 
 
-def test_a_verbose_session_reports_a_mail_that_is_too_large_by_its_size() -> None:
+def test_a_verbose_session_reports_the_size_of_a_mail_that_is_too_large() -> None:
     offer = Offer(hostname="mx.example.org", max_size=3)
     conversation = Conversation(offer, verbose=True)
     conversation.receive(EHLO + BEGIN + b"abcdef\r\n.\r\n")
@@ -1182,7 +1185,7 @@ def test_a_verbose_session_reports_a_mail_that_is_too_large_by_its_size() -> Non
 
 
 def session(failure: Failure, *, stage: Stage, offer: Offer = OFFER) -> Conversation:
-    """Return a session whose replies at a *stage* fail."""
+    """Return a conversation whose replies at *stage* fail."""
     return Conversation(offer, ask=lambda at, _: failure if at == stage else None)
 
 
@@ -1208,7 +1211,7 @@ def short(actions: list[object]) -> list[object]:
     return [int(a.octets[:3]) if isinstance(a, Reply) else a for a in actions]
 
 
-def test_before_each_reply_that_can_fail_one_question_is_asked() -> None:
+def test_before_each_reply_that_can_fail_ask_is_called_once() -> None:
     asked: list[tuple[Stage, str]] = []
     conversation = Conversation(OFFER, ask=lambda *question: asked.append(question))
     assert [a for a in short(run(conversation)) if not isinstance(a, Mail)] == [
@@ -1236,7 +1239,7 @@ WHY = Report("why", warns=False)
         ("data", [220, 250, 235, 250, 250, 354, WHY, 451, 250]),
     ],
 )
-def test_a_reply_fails_by_its_code_and_the_session_goes_on(
+def test_a_reply_fails_with_the_given_code_and_the_session_goes_on(
     stage: Stage, replies: list[object]
 ) -> None:
     conversation = session(Failure("why", "451 4.0.0 no"), stage=stage)
@@ -1253,7 +1256,7 @@ def test_a_421_ends_the_session_and_a_drop_cuts_it(stage: Stage) -> None:
     assert short(run(conversation))[-2:] == [WHY, Control.CUT]
 
 
-def test_a_drop_after_the_handshake_is_no_fault_of_the_client() -> None:
+def test_a_drop_after_the_handshake_is_not_blamed_on_the_client() -> None:
     conversation = session(Failure("why", drop=True), stage="connect", offer=IMPLICIT)
     assert pull(conversation) == [Control.BEGIN_TLS]
     conversation.tls_begun()

@@ -40,7 +40,7 @@ def test_a_rule_names_stage_code_pattern_and_times(text: str, rule: Rule) -> Non
         ("connect:421:::1", "'1' is one field too many; in a pattern, write ? for a colon"),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_told_by_its_wrong_part(text: str, wrong: str) -> None:
+def test_a_rule_error_names_the_wrong_part(text: str, wrong: str) -> None:
     with pytest.raises(RuleError) as raised:
         Rule.parse(text)
     assert str(raised.value) == f"{text}: {wrong}"
@@ -50,7 +50,7 @@ def failures(*rules: str) -> Failures:
     return Failures([Rule.parse(rule) for rule in rules])
 
 
-def test_how_a_reply_fails() -> None:
+def test_a_reply_fails_by_code_drop_or_delay() -> None:
     code, drop, delay = "rcpt:551:a@x", "rcpt:drop:b@x", "rcpt:delay=0.5:c@x"
     found = failures(code, drop, delay)
     assert found.ask("rcpt", "a@x") == Failure(
@@ -86,7 +86,7 @@ def codes(found: Failures, subject: str, count: int) -> list[str]:
     return ["-" if failure is None else failure.reply[:3] for failure in asked]
 
 
-def test_a_rule_is_spent_and_the_first_that_matches_counts() -> None:
+def test_the_first_matching_rule_that_is_not_used_up_applies() -> None:
     found = failures("rcpt:451:a@*:2", "rcpt:452:*:1", "rcpt:550:a@x")
     assert codes(found, "b@x", 2) == ["452", "-"]
     assert codes(found, "a@y", 3) == ["451", "451", "-"]

@@ -88,13 +88,13 @@ def test_a_long_subject_is_cut_between_two_characters(octets: int) -> None:
     assert sent.startswith(subject[:-3])
 
 
-def test_a_subject_after_a_header_of_more_than_128_kib_is_not_looked_for() -> None:
+def test_a_subject_after_128_kib_of_header_is_ignored() -> None:
     field = b"X-Long: " + b"x" * 1024 + b"\r\n"
     assert message(field * 120 + b"Subject: seen\r\n").subject == "seen"
     assert message(field * 130 + b"Subject: not seen\r\n").subject == ""
 
 
-def test_a_subject_after_10_000_fields_is_not_looked_for() -> None:
+def test_a_subject_after_10_000_fields_is_ignored() -> None:
     assert message(b"a:\r\n" * 9_999 + b"Subject: seen\r\n").subject == "seen"
     assert message(b"a:\r\n" * 10_000 + b"Subject: not seen\r\n").subject == ""
 
@@ -103,16 +103,16 @@ def test_an_empty_mail_has_no_subject() -> None:
     assert message(b"").subject == ""
 
 
-def test_text_is_taken_for_the_bytes_that_it_was() -> None:
+def test_text_content_is_converted_back_to_its_bytes() -> None:
     assert message("Subject: é\udcff\n").content == b"Subject: \xc3\xa9\xff\n"
 
 
-def test_a_missing_envelope_value_is_the_null_reverse_path_or_the_empty_mail() -> None:
+def test_an_empty_envelope_becomes_an_empty_mail_with_the_null_reverse_path() -> None:
     mail = Message.from_envelope(PEER, envelope(None, [], None))
     assert (mail.mail_from, mail.rcpt_tos, mail.content) == ("<>", (), b"")
 
 
-def test_the_summary_is_printable_in_all_its_parts() -> None:
+def test_every_part_of_the_summary_is_printable() -> None:
     hostile = message(b"Subject: =?utf-8?q?a=1Bb=0Ac?=\r\n", "\x1b@x", ("b\u202e@x", "c@x"))
     assert message(b"")._replace(peer="/run/\x1b").summary()["peer"] == r"/run/\x1b"
     assert hostile.summary() == {
@@ -123,7 +123,7 @@ def test_the_summary_is_printable_in_all_its_parts() -> None:
     }
 
 
-def test_of_many_recipients_as_many_are_shown_as_fit_into_4_kib() -> None:
+def test_the_summary_lists_at_most_4_kib_of_recipients() -> None:
     few = tuple(f"user{number:03}@example.com" for number in range(178))
     assert message(b"", rcpt_tos=few).summary()["rcpttos"] == ", ".join(few)
     shown = message(b"", rcpt_tos=few * 57).summary()["rcpttos"]
@@ -141,7 +141,7 @@ def test_no_log_line_is_longer_than_16_kib(address: str) -> None:
     assert summary["rcpttos"].endswith(" more")
 
 
-def test_one_recipient_is_shown_however_long_it_is() -> None:
+def test_the_first_recipient_is_shown_even_if_it_must_be_cut() -> None:
     assert message(b"", rcpt_tos=("b" * 5000,)).summary()["rcpttos"] == "b" * 4093 + "..."
 
 
@@ -162,7 +162,7 @@ HEAD = b"From: a@x\r\n"
 
 
 def long_line(content: bytes) -> int:
-    """Return the octets of the line that is told to be too long, or 0."""
+    """Return the length of the line that is reported as too long, or 0."""
     faults = [fault for fault in message(content).faults() if fault.startswith("a line of ")]
     assert all(fault.endswith(" octets, which is more than 998") for fault in faults)
     return sum(int(fault.split()[3].replace(",", "")) for fault in faults)
@@ -171,20 +171,20 @@ def long_line(content: bytes) -> int:
 @pytest.mark.parametrize("octets", [0, 1, 997, 998, 999, 1000, 1001, 70_000])
 @pytest.mark.parametrize("before", [b"", b"\r\n", b"y" * 998 + b"\r\n", b"y" * 40 + b"\r\n"])
 @pytest.mark.parametrize("after", [b"", b"\r\n", b"\r\nz" * 600])
-def test_the_longest_line_is_known_when_it_is_over_998_octets(
+def test_the_longest_line_is_reported_if_it_is_over_998_octets(
     octets: int, before: bytes, after: bytes
 ) -> None:
     content = before * 50 + b"x" * octets + after
     assert long_line(content) == (octets if octets > 998 else 0)
 
 
-def test_a_line_counts_as_far_as_it_is_in_the_first_mebibyte() -> None:
+def test_only_the_part_of_a_line_in_the_first_mebibyte_counts() -> None:
     before = (b"x" * 510 + b"\r\n") * 2046
     assert long_line(before + b"y" * 2000) == 1024
     assert long_line(before + b"\r\n" * 13 + b"y" * 2000) == 0
 
 
-def test_the_longest_of_several_long_lines_counts_and_a_bare_lf_ends_a_line() -> None:
+def test_the_longest_of_several_long_lines_is_reported_and_a_bare_lf_ends_a_line() -> None:
     lines = [b"a" * 2000, b"b" * 5000, b"c" * 3000, b"\n" * 4000]
     assert long_line(b"\r\n".join(lines)) == 5000
     assert long_line(b"x" * 600 + b"\n" + b"x" * 600 + b"\r") == 0
@@ -249,13 +249,11 @@ def test_the_longest_of_several_long_lines_counts_and_a_bare_lf_ends_a_line() ->
         (b"a: " + b"x" * 500 + b"\r\n" + (b" " + b"y" * 900 + b"\r\n") * 400, []),
     ],
 )
-def test_what_other_servers_may_refuse_of_a_mail_is_named(
-    content: bytes, faults: list[str]
-) -> None:
+def test_each_fault_of_a_mail_is_named(content: bytes, faults: list[str]) -> None:
     assert message(content).faults() == faults
 
 
-def test_with_smtputf8_the_header_may_hold_utf_8() -> None:
+def test_with_smtputf8_the_header_may_contain_utf_8() -> None:
     def faults(subject: bytes) -> list[str]:
         content = HEAD + b"Subject: " + subject + b"\r\n\r\n"
         return message(content)._replace(smtputf8=True).faults()
@@ -264,7 +262,7 @@ def test_with_smtputf8_the_header_may_hold_utf_8() -> None:
     assert faults(b"Caf\xe9") == ["octets in the header that are no UTF-8"]
 
 
-def test_a_crlf_at_the_end_of_the_first_mebibyte_is_whole() -> None:
+def test_a_crlf_across_the_end_of_the_first_mebibyte_is_no_fault() -> None:
     lines = (b"x" * 510 + b"\r\n") * 2047
     content = HEAD + b"\r\n" + lines
     content += b"y" * (1024 * 1024 - len(content) - 1) + b"\r\n" + b"\n" * 10 + b"\0"
@@ -293,7 +291,7 @@ def test_an_envelope_field_is_one_line_that_decodes_to_the_address(address: str)
     assert decode_header(parsed["X-MailFrom"]) == [(address.encode(), "utf-8")]
 
 
-def test_octets_that_are_no_utf8_are_kept_in_the_envelope_fields() -> None:
+def test_envelope_fields_keep_octets_that_are_not_utf_8() -> None:
     head = message(b"", "caf\udce9@x").envelope_fields()
     parsed = email.message_from_bytes(head, policy=email.policy.compat32)
     assert decode_header(parsed["X-MailFrom"]) == [(b"caf\xe9@x", "unknown-8bit")]

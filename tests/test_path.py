@@ -42,7 +42,7 @@ WELL_FORMED = [
     f"{'l' * 64}@{'d' * 62}.{'d' * 63}.{'d' * 62}",
 ]
 
-# Each with what is understood of it.
+# Each with the address that the parser returns.
 MALFORMED = {
     "root": "root",
     "a@": "a@",
@@ -88,24 +88,24 @@ PATH = "a path of more than 256 octets"
 
 @pytest.mark.parametrize("address", WELL_FORMED)
 @pytest.mark.parametrize("keyword", ["FROM", "from", "From"])
-def test_a_well_formed_path_is_taken_as_it_was_sent(keyword: str, address: str) -> None:
+def test_a_well_formed_path_is_accepted_as_it_was_sent(keyword: str, address: str) -> None:
     assert parse("FROM", f"{keyword}:<{address}>") == (address, {}, [])
 
 
-def test_the_null_path_has_a_form_of_its_own_and_is_for_mail() -> None:
+def test_the_null_path_is_a_fault_only_in_rcpt() -> None:
     assert parse("FROM", "FROM:<>") == ("<>", {}, [])
     assert parse("TO", "TO:<>") == ("<>", {}, ["no address"])
     assert parse("TO", "TO:< >") == ("<>", {}, [ADDRESS, "no address"])
 
 
-def test_a_bare_postmaster_is_for_rcpt() -> None:
+def test_a_bare_postmaster_is_a_fault_only_in_mail() -> None:
     for address in ("postmaster", "Postmaster"):
         assert parse("TO", f"TO:<{address}>") == (address, {}, [])
         assert parse("FROM", f"FROM:<{address}>") == (address, {}, ["an address without a domain"])
 
 
 @pytest.mark.parametrize(("sent", "address"), MALFORMED.items())
-def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
+def test_a_malformed_address_is_accepted_and_reported(sent: str, address: str) -> None:
     path = parse("TO", f"TO:<{sent}>")
     assert path is not None
     assert (path.address, path.faults[0]) == (address, ADDRESS)
@@ -142,7 +142,7 @@ def test_a_malformed_address_is_taken_and_told(sent: str, address: str) -> None:
         ("FROM:<a@x> SIZE=1 body=7BIT size=2 BODY=7BIT", "a@x", ["SIZE twice", "BODY twice"]),
     ],
 )
-def test_what_other_servers_may_refuse_is_taken_and_told(
+def test_a_path_that_other_servers_may_refuse_is_accepted_and_reported(
     sent: str, address: str, faults: list[str]
 ) -> None:
     path = parse("FROM", sent)
@@ -151,7 +151,7 @@ def test_what_other_servers_may_refuse_is_taken_and_told(
 
 
 @pytest.mark.parametrize("path", ["<a@x>", "a@x", "<App <a@x>>", "<>", '<"> "@x>', "App <a>"])
-def test_parameters_stand_behind_the_path(path: str) -> None:
+def test_parameters_follow_the_path(path: str) -> None:
     parsed = parse("TO", f"TO:{path} notify=SUCCESS,failure ORCPT=rfc822;<b@x>  X-Vendor ENVID=")
     assert parsed is not None
     assert parsed.parameters == {
@@ -167,7 +167,7 @@ def test_parameters_stand_behind_the_path(path: str) -> None:
 
 
 @pytest.mark.parametrize("argument", ["", "FROM", "FROM:", "FROM: ", "FROM:<", "TO:<a@x>", "<a@x>"])
-def test_without_a_path_there_is_none(argument: str) -> None:
+def test_without_a_path_parse_returns_none(argument: str) -> None:
     assert parse("FROM", argument) is None
 
 
@@ -179,7 +179,7 @@ def test_without_a_path_there_is_none(argument: str) -> None:
         max_size=40,
     )
 )
-def test_whatever_stands_in_brackets_is_taken_as_it_was_sent(text: str) -> None:
+def test_any_text_in_brackets_is_accepted_as_it_was_sent(text: str) -> None:
     path = parse("FROM", f"FROM:<{text}> SIZE=1")
     assert path is not None
     assert (path.address, path.parameters) == (text.strip() or "<>", {"SIZE": "1"})
@@ -187,7 +187,7 @@ def test_whatever_stands_in_brackets_is_taken_as_it_was_sent(text: str) -> None:
 
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from(['"', "\\", "<", ">", "@", ".", " ", "=", "a", "é"])).map("".join))
-def test_nothing_that_is_sent_makes_the_parser_fail(text: str) -> None:
+def test_no_input_makes_the_parser_fail(text: str) -> None:
     path = parse("FROM", f"FROM:{text}")
     assert path is None or path.address == "<>" or path.address in text
 

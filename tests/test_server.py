@@ -48,7 +48,7 @@ def test_mail_goes_to_the_handler(handler: Handler) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_the_real_address_is_known(handler: Handler, host: str) -> None:
+def test_the_listener_knows_its_real_address(handler: Handler, host: str) -> None:
     with Listener(handler, Options(interface=host, port=0)) as listener:
         assert listener.host == host
         assert listener.port > 0
@@ -74,14 +74,12 @@ def test_all_addresses_of_a_name_share_one_port(
 
 
 @pytest.mark.parametrize("interface", ["127.0.0.1", "::1", "localhost"])
-def test_a_loopback_interface_is_for_this_machine_alone(interface: str) -> None:
+def test_a_loopback_interface_is_local(interface: str) -> None:
     with Listener(Handler(), Options(interface=interface, port=0)) as listener:
         assert listener.is_local
 
 
-def test_the_ipv6_address_of_all_interfaces_is_for_both_families_and_peers_look_as_they_are() -> (
-    None
-):
+def test_the_ipv6_wildcard_accepts_both_families_and_shows_ipv4_peers_as_ipv4() -> None:
     peers: list[str] = []
 
     async def keep_peer(_server: object, session: Any, _envelope: object) -> None:
@@ -102,11 +100,11 @@ def test_the_thread_ends_with_the_block(handler: Handler) -> None:
         assert len(threads()) == 1
     assert threads() == []
     with pytest.raises(ListenError), Listener(handler, Options(interface="192.0.2.254")):
-        pytest.fail("it cannot listen there")
+        pytest.fail("nothing can listen there")
     assert threads() == []
 
 
-def test_a_system_without_threads_is_reported(
+def test_a_failure_to_start_a_thread_is_reported(
     handler: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(_thread: threading.Thread) -> None:
@@ -117,7 +115,7 @@ def test_a_system_without_threads_is_reported(
         pytest.raises(ListenError, match=r"port 0: can't start new thread$"),
         Listener(handler, FREE),
     ):
-        pytest.fail("it has no thread to listen in")
+        pytest.fail("there is no thread to listen in")
 
 
 def test_the_greeting_names_the_host_and_the_version(handler: Handler) -> None:
@@ -129,7 +127,7 @@ def test_the_greeting_names_the_host_and_the_version(handler: Handler) -> None:
     assert re.fullmatch(rf"220 {socket.gethostname()} dsmtpd {__version__}\r\n", greeting)
 
 
-def test_no_connection_asks_the_resolver(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_connection_resolves_a_name(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
     def getfqdn(_name: str = "") -> str:
         raise AssertionError
 
@@ -155,7 +153,7 @@ def test_a_port_in_use_is_reported_at_once(handler: Handler, host: str) -> None:
 @pytest.mark.parametrize(
     ("interface", "reason"),
     [
-        # An address of the range for documentation (RFC 5737), which no machine has.
+        # An address reserved for documentation (RFC 5737), which no machine has.
         ("192.0.2.254", "Cannot assign requested address"),
         ("a..b", "Malformed name"),
         ("not a name", "(Name or service not known|Temporary failure in name resolution)"),
@@ -168,7 +166,7 @@ def test_an_interface_that_the_system_lacks_is_reported(
         pytest.raises(ListenError, match=f"^Cannot listen on {interface}, port 1025: {reason}$"),
         Listener(handler, Options(interface=interface)),
     ):
-        pytest.fail("it cannot listen there")
+        pytest.fail("nothing can listen there")
 
 
 def test_an_interface_is_looked_up_before_anything_is_opened() -> None:
@@ -176,7 +174,7 @@ def test_an_interface_is_looked_up_before_anything_is_opened() -> None:
         Listener(Handler(), Options(interface="a..b"))
 
 
-def test_a_delivery_that_hangs_does_not_hold_up_the_end_for_ever(
+def test_a_delivery_that_hangs_does_not_block_the_shutdown_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server, "_END_PATIENCE", 0.2)
@@ -191,7 +189,7 @@ def test_a_delivery_that_hangs_does_not_hold_up_the_end_for_ever(
             listener.__exit__()
         assert idle.getreply()[0] == 421
         gate.may_end.set()
-        # It is answered all the same, as long as the process lives.
+        # The mail is still answered, as long as the process lives.
         assert client.getreply()[0] == 250
         idle.close()
         client.close()
@@ -203,7 +201,7 @@ def test_an_interface_that_gives_no_socket_is_reported(
     async def create_server(*_args: object, **_kwargs: object) -> SimpleNamespace:
         return SimpleNamespace(sockets=())
 
-    # What Python before 3.12.2 does for IPv6 on a system that has none.
+    # Python before 3.12.2 does this for IPv6 on a system without it.
     monkeypatch.setattr(asyncio.BaseEventLoop, "create_server", create_server)
     with (
         pytest.raises(ListenError, match="port 1025: Cannot assign requested address"),
@@ -256,7 +254,7 @@ def test_leaving_the_block_lets_a_delivery_finish_and_answers_it() -> None:
     assert handler.contents == [b"Subject: x\r\n"]
 
 
-def test_leaving_the_block_does_not_wait_for_all_that_a_client_has_pipelined() -> None:
+def test_leaving_the_block_does_not_wait_for_all_pipelined_mails() -> None:
     gate = Gate()
     gate.may_end.set()
     handler = Handler(gate)
@@ -280,7 +278,7 @@ def test_leaving_the_block_drops_a_mail_in_mid_transfer(handler: Handler) -> Non
     assert handler.contents == []
 
 
-def test_leaving_the_block_lets_the_delivery_of_a_client_that_is_gone_finish() -> None:
+def test_leaving_the_block_lets_a_delivery_finish_after_its_client_is_gone() -> None:
     gate = Gate()
     handler = Handler(gate)
     with ExitStack() as block, ThreadPoolExecutor(1) as pool:
@@ -300,7 +298,7 @@ def test_leaving_the_block_lets_the_delivery_of_a_client_that_is_gone_finish() -
 
 
 class Stop:
-    """Stops the event loop in a delivery, until the test lets it go on."""
+    """Blocks the event loop in a delivery until the test lets it continue."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -311,7 +309,7 @@ class Stop:
         assert self.may_end.wait(PATIENCE)  # on purpose
 
 
-def test_a_client_that_connects_while_the_block_is_left_gets_a_greeting_and_a_421(
+def test_a_client_that_connects_during_shutdown_gets_a_greeting_and_a_421(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop = Stop()
@@ -339,7 +337,7 @@ def test_a_client_that_connects_while_the_block_is_left_gets_a_greeting_and_a_42
 
 @pytest.fixture
 def _many_files() -> Iterator[None]:
-    """Allow for the sockets of a thousand clients, and of their server."""
+    """Allow enough open files for a thousand clients and their server."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
     yield
@@ -351,7 +349,7 @@ def test_a_thousand_clients_that_connect_at_once_are_all_greeted(handler: Handle
     with Listener(handler, FREE) as listener, ExitStack() as stack:
         clients = [stack.enter_context(socket.socket()) for _ in range(1000)]
         for client in clients:
-            client.setblocking(False)  # noqa: FBT003  # its only form
+            client.setblocking(False)  # noqa: FBT003  # positional-only
             client.connect_ex((listener.host, listener.port))
         end = time.monotonic() + PATIENCE
         for client in clients:
@@ -363,7 +361,7 @@ def test_a_thousand_clients_that_connect_at_once_are_all_greeted(handler: Handle
 def out_of_file_descriptors(
     listener: Listener, caplog: pytest.LogCaptureFixture
 ) -> Iterator[smtplib.SMTP]:
-    """Have *listener* accept nothing more; yield a client that is connected to it already."""
+    """Use up the file descriptors; yield a client that is already connected to *listener*."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with closing(connect(listener.port)) as client, ExitStack() as more:
         others = [more.enter_context(socket.socket()) for _ in range(20)]
@@ -397,7 +395,7 @@ def test_out_of_file_descriptors_the_server_does_not_spin(
 def test_a_server_that_stops_out_of_file_descriptors_reports_nothing_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # asyncio tries again after so many seconds, also when it has stopped listening by then.
+    # asyncio retries after this many seconds, even if it has stopped listening by then.
     delay = 0.05
     monkeypatch.setattr("asyncio.constants.ACCEPT_RETRY_DELAY", delay)
     gate = Gate()
@@ -422,7 +420,7 @@ def test_a_server_that_stops_out_of_file_descriptors_reports_nothing_more(
     assert troubles(caplog) == [OUT_OF_FILE_DESCRIPTORS]
 
 
-def test_leaving_the_block_cancels_what_a_handler_has_begun() -> None:
+def test_leaving_the_block_cancels_the_tasks_of_a_handler() -> None:
     begun: list[asyncio.Task[None]] = []
 
     async def begin(*_: object) -> None:
@@ -449,9 +447,9 @@ def test_a_client_that_vanishes_is_no_error(
         send(listener.port)
     gc.collect()
     assert handler.contents == [MAIL]
-    told = [text.partition(": ")[2] for level, text in troubles(caplog) if level == "WARNING"]
+    reported = [text.partition(": ")[2] for level, text in troubles(caplog) if level == "WARNING"]
     half = "The client left in the middle of a mail from a@example.com for b@example.com"
-    assert told == [f"{half}, after 0 octets"] * reports
+    assert reported == [f"{half}, after 0 octets"] * reports
 
 
 def test_a_client_that_vanishes_while_the_server_waits_for_it_is_no_error(
@@ -470,7 +468,7 @@ def test_a_client_that_vanishes_while_the_server_waits_for_it_is_no_error(
     assert troubles(caplog) == []
 
 
-def test_what_asyncio_reports_is_one_line_and_comes_again_only_after_a_while(
+def test_an_asyncio_error_is_logged_in_one_line_and_repeated_only_after_a_while(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def fail(*_: object) -> None:
@@ -489,7 +487,7 @@ def test_what_asyncio_reports_is_one_line_and_comes_again_only_after_a_while(
     assert caplog.records[-1].name == "dsmtpd"
 
 
-def test_another_report_of_asyncio_does_not_wait(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_different_asyncio_error_is_logged_at_once(caplog: pytest.LogCaptureFixture) -> None:
     async def report(_server: object, _session: object, envelope: Any) -> None:
         message = f"about {envelope.mail_from}"
         asyncio.get_running_loop().call_exception_handler({"message": message})

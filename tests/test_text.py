@@ -19,7 +19,7 @@ from dsmtpd.text import decoded, endpoint, printable
         (None, "None"),
     ],
 )
-def test_an_ipv6_host_stands_in_brackets(address: Any, text: str) -> None:
+def test_an_ipv6_host_is_shown_in_brackets(address: Any, text: str) -> None:
     assert endpoint(address) == text
 
 
@@ -40,7 +40,7 @@ def test_an_ipv6_host_stands_in_brackets(address: Any, text: str) -> None:
         ("\U000e0041", r"\U000e0041"),
     ],
 )
-def test_what_is_not_to_be_seen_is_shown_escaped(text: str, shown: str) -> None:
+def test_unprintable_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
@@ -55,7 +55,7 @@ def test_what_is_not_to_be_seen_is_shown_escaped(text: str, shown: str) -> None:
         "\U0001fffd",
     ],
 )
-def test_what_readers_need_is_shown_as_it_is(text: str) -> None:
+def test_characters_that_readers_need_are_not_escaped(text: str) -> None:
     assert printable(text) == text
 
 
@@ -97,7 +97,7 @@ def test_a_subject_is_shown_as_people_wrote_it(octets: bytes, shown: str) -> Non
     assert decoded(octets) == shown
 
 
-def test_of_the_charsets_that_nobody_knows_one_is_looked_up_for_a_subject() -> None:
+def test_at_most_one_unknown_charset_is_looked_up_per_subject() -> None:
     looked_up: list[str] = []
     search = looked_up.append
     codecs.register(search)
@@ -109,14 +109,14 @@ def test_of_the_charsets_that_nobody_knows_one_is_looked_up_for_a_subject() -> N
 
 
 @pytest.mark.parametrize("text", ["x" * 101, "é" * 51, "🎉" * 26, "\x1b" * 26, "\udcff" * 17])
-def test_what_is_too_long_is_cut_between_two_characters(text: str) -> None:
+def test_a_text_that_is_too_long_is_cut_between_two_characters(text: str) -> None:
     shown = printable(text, 100)
     assert shown.endswith("...")
     assert 96 < len(shown.encode()) <= 100
     assert printable(text[:-1], 100) in {text[:-1], printable(text[:-1])}
 
 
-def test_without_a_limit_a_text_has_at_most_12_kib() -> None:
+def test_the_default_limit_is_12_kib() -> None:
     assert printable("x" * 12_288) == "x" * 12_288
     assert printable("x" * 12_289) == "x" * 12_285 + "..."
 
@@ -124,12 +124,12 @@ def test_without_a_limit_a_text_has_at_most_12_kib() -> None:
 @pytest.mark.parametrize(
     "label", ["unicode_escape", "RAW-unicode-escape", "_unicode-escape!", "punycode", "IDNA"]
 )
-def test_not_each_codec_of_python_is_a_charset(label: str) -> None:
+def test_not_every_python_codec_is_a_charset(label: str) -> None:
     text = f"=?{label}?q?=5Cd?="
     assert decoded(text.encode()) == text
 
 
-# Python up to 3.14 ignores what is not ASCII in a codec's name, 3.15 warns, 3.17 refuses it.
-def test_no_charset_has_a_name_beyond_ascii() -> None:
+# In a codec's name, Python up to 3.14 ignores non-ASCII characters, 3.15 warns, 3.17 refuses.
+def test_a_charset_with_a_non_ascii_name_is_unknown() -> None:
     text = "=?utf-8\u00e9?q?a?="
     assert decoded(text.encode()) == text

@@ -1,4 +1,4 @@
-"""What the tests share: clients, a look into a Maildir, and the command as a process."""
+"""Tools that the tests share: clients, Maildir readers, and the command as a process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 
-# Far more than anything here takes: a test fails instead of hanging.
+# Far longer than anything here needs: a test fails instead of hanging.
 PATIENCE = 20.0
 
 MAIL = b"From: a@example.com\r\nSubject: Hello\r\n\r\nHi there.\r\n"
@@ -43,13 +43,13 @@ FREE = Options(port=0)
 
 Way = Literal["starttls", "implicit"]
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has nothing of the kind")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
 
 RUN = (sys.executable, "-X", "dev", *WARNINGS, "-m", "dsmtpd")
 
 
 def connect(port: int, host: str = "127.0.0.1") -> smtplib.SMTP:
-    """Return a client that is connected, and that asks no resolver for its own name."""
+    """Return a connected client that does not look up its own host name."""
     return smtplib.SMTP(host, port, local_hostname="client.test", timeout=PATIENCE)
 
 
@@ -59,7 +59,7 @@ def send(port: int, content: bytes = MAIL, host: str = "127.0.0.1") -> None:
 
 
 def require(*needs: str | Path) -> None:
-    """Skip the test when one of the commands or paths is missing; where CI runs, none must be."""
+    """Skip the test if one of the commands or paths is missing; in CI, fail it."""
     for need in needs:
         if shutil.which(need) is None and not Path(need).exists():
             if os.environ.get("CI"):
@@ -74,7 +74,7 @@ def trust_all() -> ssl.SSLContext:
 
 
 def begin_data(client: smtplib.SMTP) -> None:
-    """Bring *client* to where the server waits for the lines of a mail."""
+    """Send the commands up to and including DATA."""
     client.ehlo()
     client.mail("a@example.com")
     client.rcpt("b@example.com")
@@ -82,7 +82,7 @@ def begin_data(client: smtplib.SMTP) -> None:
 
 
 def reset(client: smtplib.SMTP) -> None:
-    """Break the connection of *client*: closing it with a linger time of 0 does."""
+    """Reset the connection of *client*: with a linger time of 0, close() does that."""
     assert client.sock is not None
     client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.sock.close()
@@ -90,7 +90,7 @@ def reset(client: smtplib.SMTP) -> None:
 
 
 def on_flush(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
-    """Have *act*, which is given the descriptor, happen in place of a file's flush to the disk."""
+    """Call *act* with the descriptor instead of flushing a file to disk."""
     flush = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -101,9 +101,9 @@ def on_flush(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> N
 
 
 def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Return the level and the text of what has been logged as a warning, or worse.
+    """Return the level and text of each record logged as a warning or worse.
 
-    Of asyncio's records only its errors count, as with `logs.configure`.
+    From asyncio, only errors count, as in `logs.configure`.
     """
     least = {"asyncio": logging.ERROR}
     records = [
@@ -116,7 +116,7 @@ def troubles(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 
 
 def stored(maildir: str | os.PathLike[str]) -> list[bytes]:
-    """Return the mails in new/, oldest first, after a look that tmp/ is empty."""
+    """Return the mails in new/, oldest first; check that tmp/ is empty."""
     assert list(Path(maildir, "tmp").iterdir()) == []
     return [path.read_bytes() for path in sorted(Path(maildir, "new").iterdir())]
 
@@ -131,10 +131,10 @@ def mails(maildir: str | os.PathLike[str]) -> list[bytes]:
 def envelope(
     mail_from: str | None, rcpt_tos: Iterable[str], content: bytes | str | None
 ) -> Envelope:
-    """Return what aiosmtpd hands to a handler."""
-    made = Envelope()
-    made.mail_from, made.rcpt_tos, made.content = mail_from, list(rcpt_tos), content
-    return made
+    """Return an envelope as aiosmtpd passes it to a handler."""
+    result = Envelope()
+    result.mail_from, result.rcpt_tos, result.content = mail_from, list(rcpt_tos), content
+    return result
 
 
 class Clock(asyncio.SelectorEventLoop):
@@ -147,13 +147,13 @@ class Clock(asyncio.SelectorEventLoop):
 
 
 async def turns(count: int) -> None:
-    """Let the event loop turn *count* times."""
+    """Run *count* iterations of the event loop."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class Wire:
-    """A client that talks to a session in the same loop, so that each step is seen to be done."""
+    """A client in the event loop of its session: a test knows when each step is done."""
 
     def __init__(
         self,
@@ -166,23 +166,23 @@ class Wire:
         self.service = service or Service(handler, Options(**options))
         self.session = Connection(self.service)
         self.socket, self._other = socket.socketpair()
-        self.socket.setblocking(False)  # noqa: FBT003  # its only form
+        self.socket.setblocking(False)  # noqa: FBT003  # positional-only
 
     async def open(self) -> None:
         accepting = self.loop.connect_accepted_socket(lambda: self.session, self._other)
         self.transport, _ = await accepting
 
     def hold_little(self) -> None:
-        """Have the system hold little of what the client does not read."""
+        """Shrink the system's buffer for replies that the client has not read."""
         self._other.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
     async def send(self, octets: bytes) -> None:
-        """Return when the session has read *octets*, and done what it can do at once."""
+        """Send *octets*; return when the session has read them and done what it can at once."""
         await self.loop.sock_sendall(self.socket, octets)
         await turns(6)
 
     def read(self) -> bytes:
-        """Return what has come by now."""
+        """Return what has arrived so far."""
         received = b""
         with suppress(BlockingIOError):
             while octets := self.socket.recv(65536):
@@ -190,7 +190,7 @@ class Wire:
         return received
 
     async def lines(self, count: int) -> list[bytes]:
-        """Return the next *count* lines, of which the last is the last that comes."""
+        """Return the next *count* lines; the session must not send more for now."""
         received, missing = [], count
         while missing > 0:
             octets = await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE)
@@ -200,9 +200,9 @@ class Wire:
         return b"".join(received).splitlines()
 
     async def fill(self, octets: bytes, most: int) -> int:
-        """Send *octets* again and again until the session reads no more; return how many it were.
+        """Send *octets* repeatedly until the session stops reading; return how many were sent.
 
-        They are never more than *most* by much.
+        Stop soon after *most* octets.
         """
         sent, idle = 0, 0
         while sent < most and idle < 1000:
@@ -215,7 +215,7 @@ class Wire:
         return sent
 
     async def replies(self) -> list[bytes]:
-        """Return all replies, after a word that there is nothing more to send."""
+        """Close the sending side, and return all further replies."""
         self.socket.shutdown(socket.SHUT_WR)
         received = b""
         while octets := await asyncio.wait_for(self.loop.sock_recv(self.socket, 65536), PATIENCE):
@@ -225,7 +225,7 @@ class Wire:
 
 
 class Handler:
-    """Keeps the envelopes that arrive, once *deliver* is done with them."""
+    """Keeps each envelope after *deliver* is done with it."""
 
     def __init__(self, deliver: Callable[[Any, Any, Any], Awaitable[object]] | None = None) -> None:
         self.envelopes: list[Any] = []
@@ -286,10 +286,10 @@ class Daemon:
         log_lines: int | None = None,
         stdin: int = subprocess.DEVNULL,
     ) -> None:
-        """Start it; of its log read only so many lines, and then close the pipe, when asked to."""
+        """Start it; with *log_lines*, close the pipe of its log after that many lines."""
         self.arguments = arguments
         environment = dict(os.environ)
-        # Users do not set it, and it would hide what buffers do at the end.
+        # Users do not set this, and it would hide the effects of buffering at exit.
         environment.pop("PYTHONUNBUFFERED", None)
         self.process = subprocess.Popen(
             [*run, *arguments],
@@ -312,11 +312,11 @@ class Daemon:
                 self._lines.put(line.rstrip("\n"))
 
     def line(self) -> str:
-        """Return the next line of its log, when it comes."""
+        """Wait for the next line of its log, and return it."""
         return self._lines.get(timeout=PATIENCE)
 
     def port(self) -> int:
-        """Return the port that it listens on, when it has told all that it tells at the start."""
+        """Return the port that it listens on, after reading all lines logged at the start."""
         match = re.search(r"INFO: Starting dsmtpd \S+ at \S+:(\d+) size limit", line := self.line())
         assert match, line
         if "--tls" in self.arguments:
@@ -326,7 +326,7 @@ class Daemon:
         return int(match[1])
 
     def end(self, signal: int | None = None) -> tuple[int, list[str]]:
-        """Send *signal*; return the exit code and the lines that have not been asked for."""
+        """Send *signal*; return the exit code and the log lines not read yet."""
         if signal is not None:
             self.process.send_signal(signal)
         code = self.process.wait(PATIENCE)
@@ -334,12 +334,12 @@ class Daemon:
         return code, [self._lines.get() for _ in range(self._lines.qsize())]
 
     def failure(self) -> tuple[int, str]:
-        """Return the exit code and the text of the one line with which it gives up by itself."""
+        """Wait until it gives up; return the exit code and the text of its one log line."""
         code, (line,) = self.end()
         return code, line.partition(" ERROR: ")[2]
 
     def close(self) -> None:
-        """Leave nothing running, whatever the test did."""
+        """Kill the process, whatever the test did."""
         self.process.kill()
         self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
