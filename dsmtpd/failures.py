@@ -76,7 +76,7 @@ class Rule(NamedTuple):
     def failure(self, subject: str) -> Failure:
         """Return how the reply to *subject* fails."""
         reply = f"{self.code} {str(self.code)[0]}.0.0 Failed on demand" if self.code else ""
-        what = "is cut" if self.drop else reply or f"is answered after {self.delay:g} s"
+        what = "connection cut" if self.drop else reply or f"answered after {self.delay:g} s"
         text = f"{self.stage} {subject}: {what}, by the rule {self.text}"
         return Failure(text, reply, drop=self.drop, delay=self.delay)
 

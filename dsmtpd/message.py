@@ -152,10 +152,10 @@ class Message(NamedTuple):
         for place in header.mbox_lines:
             yield f"line {_line(content, place)} is a From line of an mbox file"
         if content.startswith(_BYTE_ORDER_MARK):
-            yield "a byte order mark stands before the header"
+            yield "a byte order mark before the header"
         elif content[end : end + 1].strip(b"\r\n"):
             line = re.split(_EOL, content[end : end + _SHOWN_OCTETS], maxsplit=1)[0]
-            what = f"line {_line(content, end)} is no header field, the header ends there"
+            what = f"line {_line(content, end)} is not a header field, so the header ends there"
             yield f"{what}: '{printable(decoded(line))}'"
         elif not header.names:
             yield "the header is empty"
@@ -169,7 +169,7 @@ class Message(NamedTuple):
                 what = "octets beyond ASCII in the header without SMTPUTF8"
                 yield _with_place(what, _BEYOND_ASCII, header)
             elif not _is_utf8(header):
-                yield "octets in the header that are no UTF-8"
+                yield "octets in the header that are not UTF-8"
         if len(names) > len(set(names)):
             numbers = ((names.count(name), shown) for name, shown in _ONCE.items())
             yield from (f"{number:,} {shown} fields" for number, shown in numbers if number > 1)

@@ -208,20 +208,23 @@ def test_the_longest_of_several_long_lines_is_reported_and_a_bare_lf_ends_a_line
         (b"\r\nFrom: a@e.x\r\nSubject: Welcome\r\n\r\nx", ["the header is empty"]),
         (
             b"Subject: Hello\r\nyour order\r\nFrom: a@e.x\r\n\r\nx",
-            ["line 2 is no header field, the header ends there: 'your order'"],
+            ["line 2 is not a header field, so the header ends there: 'your order'"],
         ),
         (
             b"X-Long: a\r\nb without colon\r\nSubject: Welcome\r\n\r\n",
-            ["line 2 is no header field, the header ends there: 'b without colon'"],
+            ["line 2 is not a header field, so the header ends there: 'b without colon'"],
         ),
-        (b" From: a@x\r\n\r\n", ["line 1 is no header field, the header ends there: ' From: a@x'"]),
+        (
+            b" From: a@x\r\n\r\n",
+            ["line 1 is not a header field, so the header ends there: ' From: a@x'"],
+        ),
         (
             b"\x1b[2J" + b"x" * 100,
-            [f"line 1 is no header field, the header ends there: '\\x1b[2J{'x' * 56}'"],
+            [f"line 1 is not a header field, so the header ends there: '\\x1b[2J{'x' * 56}'"],
         ),
         (
             b"\xef\xbb\xbfFrom: a@e.x\r\nSubject: Welcome\r\n\r\nx",
-            ["a byte order mark stands before the header"],
+            ["a byte order mark before the header"],
         ),
         (
             b"From app@x Thu Jan  1 00:00:00 2026\r\nFrom: app@x\r\nSubject: W\r\n\r\nHi",
@@ -259,7 +262,7 @@ def test_with_smtputf8_the_header_may_contain_utf_8() -> None:
         return message(content)._replace(smtputf8=True).faults()
 
     assert faults("Café".encode()) == []
-    assert faults(b"Caf\xe9") == ["octets in the header that are no UTF-8"]
+    assert faults(b"Caf\xe9") == ["octets in the header that are not UTF-8"]
 
 
 def test_a_crlf_across_the_end_of_the_first_mebibyte_is_no_fault() -> None:
