@@ -7,7 +7,10 @@ import select
 import sys
 import time
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # A pipe that is ready takes this many characters at once, even if each is escaped as ten octets: it
 # takes 4,096 octets on Linux (POSIX demands 512).
@@ -30,13 +33,13 @@ class Output:
         self._stream = stream
         with suppress(AttributeError):  # It is not a file, and accepts any character.
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
-        self._poll: Any = None
+        self._poll: Callable[[float], object] | None = None
         # Windows can only ask sockets whether they are ready.
         if sys.platform != "win32" and hasattr(select, "poll"):
             with suppress(OSError):  # It may not be a file.
-                number = stream.fileno()
-                self._poll = select.poll()
-                self._poll.register(number, select.POLLOUT)
+                poll = select.poll()
+                poll.register(stream.fileno(), select.POLLOUT)
+                self._poll = poll.poll
 
     def write(self, text: str) -> bool:
         """Write *text*; return False if the deadline came first; raises `OSError`."""
@@ -49,7 +52,7 @@ class Output:
 
     def _can_write(self) -> bool:
         """Wait until the stream is ready; return False if the deadline came first."""
-        while self._poll is not None and not self._poll.poll(_LOOK):
+        while self._poll is not None and not self._poll(_LOOK):
             if time.monotonic() > self.deadline:
                 return False
         return True
