@@ -12,7 +12,7 @@ from dsmtpd.failures import Rule
 from dsmtpd.options import Options
 
 
-def test_no_arguments_ask_for_the_defaults() -> None:
+def test_no_arguments_mean_the_defaults() -> None:
     assert parse_args([]) == Options()
 
 
@@ -52,7 +52,7 @@ def test_each_option_has_a_short_or_a_long_form(argv: list[str], options: Option
     assert parse_args(argv) == options
 
 
-def test_the_arguments_of_the_process_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_default_to_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["dsmtpd", "--port", "26"])
     assert parse_args().port == 26
 
@@ -114,7 +114,7 @@ def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
         (["-d", "~no.such.user/x"], "--directory: '~no.such.user/x' names a user without a home"),
     ],
 )
-def test_bad_usage_is_told_in_one_line(argv: list[str], line: str) -> None:
+def test_bad_usage_is_reported_in_one_line(argv: list[str], line: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_args(argv)
     assert str(raised.value) == f"{line} (see dsmtpd --help)"
@@ -128,7 +128,7 @@ def test_version_is_printed_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_option(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         parse_args([option])
     assert raised.value.code is None
@@ -141,7 +141,7 @@ def test_help_tells_every_option(option: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("buffering", [0, -1], ids=["unbuffered", "buffered"])
-def test_a_text_that_cannot_be_printed_is_told_in_one_line(
+def test_a_failure_to_print_is_reported_in_one_line(
     buffering: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = os.pipe()

@@ -30,7 +30,7 @@ NONE: list[signal.Signals] = []
     ("script", "code"),
     [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 143), ("kill -KILL $$", 137)],
 )
-def test_its_exit_code_is_that_of_the_command(script: str, code: int) -> None:
+def test_run_returns_the_exit_code_of_the_command(script: str, code: int) -> None:
     assert run(["sh", "-c", script], {}, NONE) == code
 
 
@@ -38,7 +38,7 @@ def test_its_exit_code_is_that_of_the_command(script: str, code: int) -> None:
     ("name", "reason", "code"),
     [("no-such", "No such file or directory", 127), ("/dev/null", "Permission denied", 126)],
 )
-def test_a_command_that_cannot_be_run_is_told_of_as_shells_do(
+def test_a_command_that_cannot_be_run_is_reported_as_in_a_shell(
     name: str, reason: str, code: int
 ) -> None:
     with pytest.raises(CommandError) as raised:
@@ -47,7 +47,7 @@ def test_a_command_that_cannot_be_run_is_told_of_as_shells_do(
     assert raised.value.code == code
 
 
-def test_it_has_its_arguments_and_more_variables(
+def test_a_command_gets_its_arguments_and_additional_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTHER", "kept")
@@ -57,7 +57,7 @@ def test_it_has_its_arguments_and_more_variables(
     assert (code, out.read_text()) == (0, "a b\n\nkept\n1\n")
 
 
-def test_it_has_no_variables_of_another_dsmtpd(
+def test_a_command_gets_no_variables_of_another_dsmtpd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSMTPD_DIRECTORY", "another")
@@ -67,7 +67,7 @@ def test_it_has_no_variables_of_another_dsmtpd(
 
 
 @pytest.mark.parametrize("is_found", [True, False])
-def test_a_script_is_run_as_shells_do_also_without_a_first_line(
+def test_a_script_without_a_shebang_is_run_as_in_a_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_found: bool
 ) -> None:
     script = tmp_path / "script"
@@ -77,12 +77,12 @@ def test_a_script_is_run_as_shells_do_also_without_a_first_line(
     assert run(["script" if is_found else str(script), "5"], {}, NONE) == 5
 
 
-def test_its_end_is_seen_also_where_ends_are_ignored() -> None:
+def test_the_exit_code_is_known_even_if_sigchld_was_ignored() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     assert run(["sh", "-c", "exit 7"], {}, NONE) == 7
 
 
-def test_it_may_open_as_many_files_as_without_dsmtpd(tmp_path: Path) -> None:
+def test_a_command_may_open_as_many_files_as_without_dsmtpd(tmp_path: Path) -> None:
     before = _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
     try:
@@ -93,24 +93,24 @@ def test_it_may_open_as_many_files_as_without_dsmtpd(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("allowed", [10_240, 256])
-def test_a_system_that_allows_less_than_it_says_is_asked_for_what_macos_allows(
+def test_if_the_system_refuses_its_own_limit_that_of_macos_is_tried(
     allowed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    tried = []
 
     def setrlimit(_: int, limits: tuple[int, int]) -> None:
-        asked.append(limits[0])
+        tried.append(limits[0])
         if limits[0] > allowed:
             raise ValueError
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 2**63 - 1))
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
     assert main(["-p", "0", "--", "true"]) == 0
-    assert asked[:2] == [2**63 - 1, 10_240]
+    assert tried[:2] == [2**63 - 1, 10_240]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
-def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
+def test_a_command_inherits_no_blocked_signals_and_none_that_python_ignores(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
@@ -126,9 +126,7 @@ def test_it_starts_with_no_signal_blocked_and_with_those_of_python_not_ignored(
 
 
 @pytest.mark.parametrize("system", ["Linux", "macOS"])
-def test_a_signal_that_waits_already_is_passed_on(
-    system: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pending_signal_is_passed_on(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if system == "macOS":
         monkeypatch.delattr(signal, "sigwaitinfo", raising=False)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -139,7 +137,7 @@ def test_a_signal_that_waits_already_is_passed_on(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# It counts each SIGINT, and ends with SIGTERM.
+# Counts SIGINTs; exits on SIGTERM with 10 plus that count.
 COUNT = """
 import os, signal, sys
 count = 0
@@ -157,7 +155,7 @@ COUNTING = ("--", sys.executable, "-c", COUNT)
 
 
 def says(daemon: Daemon, word: str) -> bool:
-    """Wait for what the command says next, and tell whether it is *word*."""
+    """Wait for the command's next line; return whether it is *word*."""
     assert daemon.process.stdout is not None
     return daemon.process.stdout.readline().strip() == word
 
@@ -183,11 +181,11 @@ def test_a_signal_is_passed_on_once(start: Callable[..., Daemon]) -> None:
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """Return the two ends of a terminal, of which the first has the keys."""
+    """Yield the two ends of a terminal, the one with the keys first."""
     try:
         ends = pty.openpty()
     except OSError:
-        pytest.skip("this system has no terminals")
+        pytest.skip("this system has no pseudo-terminals")
     yield ends
     for end in ends:
         with suppress(OSError):
@@ -210,12 +208,12 @@ WITHOUT = "import signal\nif hasattr(signal, 'sigwaitinfo'): del signal.sigwaiti
 
 
 @pytest.mark.parametrize("preparation", ["pass", WITHOUT])
-def test_ctrl_c_in_a_terminal_comes_once(
+def test_ctrl_c_in_a_terminal_reaches_the_command_once(
     start: Callable[..., Daemon], terminal: tuple[int, int], preparation: str
 ) -> None:
     keys, inside = terminal
     daemon = start_in_terminal(start, inside, *COUNTING, preparation=preparation)
-    # The command is to have dealt with it before dsmtpd can pass it on.
+    # The command must handle it before dsmtpd can pass it on.
     daemon.process.send_signal(signal.SIGSTOP)
     os.waitpid(daemon.process.pid, os.WUNTRACED)
     os.write(keys, b"\x03")
@@ -225,7 +223,7 @@ def test_ctrl_c_in_a_terminal_comes_once(
     assert daemon.end()[0] == 11
 
 
-def test_ctrl_c_comes_to_a_command_that_the_terminal_does_not_know(
+def test_ctrl_c_reaches_a_command_in_its_own_process_group(
     start: Callable[..., Daemon], terminal: tuple[int, int]
 ) -> None:
     keys, inside = terminal
@@ -236,7 +234,7 @@ def test_ctrl_c_comes_to_a_command_that_the_terminal_does_not_know(
     assert daemon.end(signal.SIGTERM)[0] == 11
 
 
-def test_a_terminal_that_is_closed_ends_the_command_too(
+def test_closing_the_terminal_ends_the_command_too(
     start: Callable[..., Daemon], terminal: tuple[int, int]
 ) -> None:
     keys, inside = terminal
@@ -256,7 +254,7 @@ sys.exit(len(os.listdir(os.environ["DSMTPD_DIRECTORY"] + "/new")) + 2)
 """
 
 
-def test_a_command_finds_the_server_and_its_mails_and_its_exit_code_is_that_of_all(
+def test_a_command_finds_the_server_and_its_mails_and_sets_the_exit_code(
     start: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     tls = ("--tls", "starttls", "--tls-ca", str(tmp_path / "ca.pem"))
@@ -268,7 +266,7 @@ def test_a_command_finds_the_server_and_its_mails_and_its_exit_code_is_that_of_a
     assert len(stored(tmp_path / "mails")) == 1
 
 
-def test_a_command_that_is_not_there_is_one_line(start: Callable[..., Daemon]) -> None:
+def test_a_missing_command_is_one_line_and_exit_code_127(start: Callable[..., Daemon]) -> None:
     code, (_, line, last) = start("-p", "0", "--", "no-such").end()
     assert code == 127
     assert line.endswith(" ERROR: Cannot run no-such: No such file or directory")
@@ -276,7 +274,7 @@ def test_a_command_that_is_not_there_is_one_line(start: Callable[..., Daemon]) -
 
 
 @pytest.mark.parametrize("interface", ["0.0.0.0", "::"])  # noqa: S104  # for a moment
-def test_a_command_is_told_an_address_that_it_can_reach(
+def test_a_command_gets_an_address_that_it_can_reach(
     start: Callable[..., Daemon], interface: str
 ) -> None:
     daemon = start("-p", "0", "-i", interface, "--", "sh", "-c", 'echo "$DSMTPD_HOST"')
@@ -285,18 +283,18 @@ def test_a_command_is_told_an_address_that_it_can_reach(
     assert daemon.end()[0] == 0
 
 
-def test_without_a_thread_a_command_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_thread_no_command_keeps_running(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = []
     spawn = os.posix_spawnp
 
     def start(_thread: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    def spawn_and_note(*args: Any, **kwargs: Any) -> int:
+    def spawn_and_record(*args: Any, **kwargs: Any) -> int:
         processes.append(spawn(*args, **kwargs))
         return processes[-1]
 
-    monkeypatch.setattr(os, "posix_spawnp", spawn_and_note)
+    monkeypatch.setattr(os, "posix_spawnp", spawn_and_record)
     monkeypatch.setattr(Thread, "start", start)
     with pytest.raises(CommandError, match="Cannot run sleep: can't start new thread") as raised:
         run(["sleep", "60"], {}, NONE)

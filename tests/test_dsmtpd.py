@@ -57,7 +57,7 @@ def handle(handler: DsmtpdHandler, content: bytes | str = MAIL) -> str:
 
 @pytest.fixture
 def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that makes the disk fail with an error number, or work again with 0."""
+    """Return a function that makes flushes fail with an error number, or work again with 0."""
     number = 0
 
     def fsync(_: int) -> None:
@@ -72,7 +72,7 @@ def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return fail
 
 
-def test_the_historical_names_are_there() -> None:
+def test_the_historical_names_still_exist() -> None:
     names = "DsmtpdHandler create_maildir ensure_maildir is_maildir log main parse_args"
     constants = "DEFAULT_INTERFACE DEFAULT_PORT LOGGERNAME"
     assert set(_dsmtpd.__all__) == {*names.split(), *constants.split()}
@@ -93,13 +93,13 @@ def test_a_mail_is_logged_through_the_modules_own_log(content: bytes | str) -> N
     assert log.mock_calls == [call.info(template, shown)]
 
 
-def test_a_mail_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mail_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     handle(DsmtpdHandler(), b"From: a@x\r\nSubject: =?utf-8?q?caf=C3=A9=0A?=\r\n\r\n")
     assert caplog.messages == [r"127.0.0.1:1234: a@x -> b@x, c@x [café\n]"]
 
 
-def test_what_servers_may_refuse_of_a_mail_is_told_in_a_line(
+def test_faults_in_a_mail_are_logged_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     handle(DsmtpdHandler(), b"From: a@x\r\n\r\n" + b"x" * 998 + b"\r\n")
@@ -113,7 +113,7 @@ def test_what_servers_may_refuse_of_a_mail_is_told_in_a_line(
     ]
 
 
-def test_of_a_large_mail_the_first_mebibyte_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_first_mebibyte_is_checked_for_faults(caplog: pytest.LogCaptureFixture) -> None:
     handle(DsmtpdHandler(), b"From: a@x\r\n\r\n\r\n" + b"x" * 2_000_000)
     what = "Other servers may refuse this mail in its first MiB"
     length = "a line of 1,048,561 octets, which is more than 998"
@@ -128,7 +128,7 @@ def test_nothing_is_stored_without_a_maildir(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mail_is_stored_behind_its_envelope(tmp_path: Path) -> None:
+def test_a_stored_mail_begins_with_its_envelope(tmp_path: Path) -> None:
     maildir = tmp_path / "a" / "b"
     assert handle(DsmtpdHandler(str(maildir))) == "250 OK"
     head = b"X-Peer: ('127.0.0.1', 1234)\nX-MailFrom: a@x\nX-RcptTo: b@x, c@x\n"
@@ -139,8 +139,8 @@ def test_a_mail_is_stored_behind_its_envelope(tmp_path: Path) -> None:
 
 @contextmanager
 def plain_controller(handler: DsmtpdHandler) -> Iterator[int]:
-    """Serve *handler* by aiosmtpd alone; yield the port."""
-    # Its own Controller cannot tell which free port it took.
+    """Serve *handler* with aiosmtpd alone; yield the port."""
+    # aiosmtpd's Controller does not say which free port it chose.
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     controller = Controller(handler, hostname="127.0.0.1", port=port)
@@ -151,26 +151,26 @@ def plain_controller(handler: DsmtpdHandler) -> Iterator[int]:
         controller.stop()
 
 
-def test_the_handler_works_under_a_plain_controller_of_aiosmtpd(tmp_path: Path) -> None:
+def test_the_handler_works_with_aiosmtpds_controller(tmp_path: Path) -> None:
     with plain_controller(DsmtpdHandler(tmp_path)) as port:
         send(port)
     assert len(stored(tmp_path)) == 1
 
 
-def test_under_a_plain_controller_a_mail_that_is_shown_is_stored_though_its_client_is_gone(
+def test_with_aiosmtpds_controller_a_logged_mail_is_stored_even_if_its_client_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmtpd")
     gate, done, rename = Gate(), queue.SimpleQueue[None](), os.rename
 
-    def rename_and_tell(*paths: str) -> None:
+    def rename_and_report(*paths: str) -> None:
         rename(*paths)
         done.put(None)
 
     on_flush(monkeypatch, lambda _: gate.pass_through())
-    monkeypatch.setattr(os, "rename", rename_and_tell)
+    monkeypatch.setattr(os, "rename", rename_and_report)
     with plain_controller(DsmtpdHandler(tmp_path)) as port:
-        # More clients than there are threads: some deliveries wait for one, and could be dropped.
+        # More clients than threads: the deliveries that wait for one could be dropped.
         clients = [connect(port) for _ in range(40)]
         for client in clients:
             begin_data(client)
@@ -186,7 +186,7 @@ def test_under_a_plain_controller_a_mail_that_is_shown_is_stored_though_its_clie
     assert len(stored(tmp_path)) == len(caplog.messages) == 40
 
 
-def test_dots_are_unstuffed_and_the_dot_that_ends_the_mail_is_not_stored(tmp_path: Path) -> None:
+def test_dots_are_unstuffed_and_the_final_dot_is_not_stored(tmp_path: Path) -> None:
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener:
         send(listener.port, b"\r\n.\r\n..\r\n.a\r\nend\r\n")
     (mail,) = stored(tmp_path)
@@ -202,7 +202,7 @@ def test_dots_are_unstuffed_and_the_dot_that_ends_the_mail_is_not_stored(tmp_pat
         (errno.EACCES, "451 4.3.0 Storage failed"),
     ],
 )
-def test_storage_trouble_is_temporary_and_told_in_one_line(
+def test_a_storage_error_is_temporary_and_logged_in_one_line(
     tmp_path: Path,
     failing_sync: Callable[[int], None],
     caplog: pytest.LogCaptureFixture,
@@ -222,7 +222,7 @@ def test_storage_trouble_is_temporary_and_told_in_one_line(
     assert len(stored(tmp_path)) == 1
 
 
-def test_a_maildir_that_has_become_a_file_is_temporary_trouble(
+def test_a_maildir_that_became_a_file_is_a_temporary_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     maildir = tmp_path / "maildir"
@@ -241,7 +241,7 @@ def test_a_maildir_that_has_become_a_file_is_temporary_trouble(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("this machine does not allow a mount")
+        pytest.skip("mounting is not allowed here")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -264,7 +264,7 @@ def test_a_full_disk_refuses_mails_until_there_is_room(
     assert line == f"Cannot store a mail in {maildir}: No space left on device"
 
 
-def test_a_fault_of_ours_is_answered_without_a_word_of_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reply_to_an_internal_error_gives_no_details(caplog: pytest.LogCaptureFixture) -> None:
     class Faulty(DsmtpdHandler):
         async def handle_DATA(self, *_: object) -> str:
             raise ZeroDivisionError("/a/path/of/ours")
@@ -279,7 +279,7 @@ def test_a_fault_of_ours_is_answered_without_a_word_of_it(caplog: pytest.LogCapt
 
 
 class Gate:
-    """Stops the threads that pass through, until it is opened."""
+    """Holds threads until it is opened."""
 
     def __init__(self) -> None:
         self.reached: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -312,10 +312,10 @@ def test_a_slow_disk_blocks_no_other_session(
         assert [client.getreply() for client in busy] == [(250, b"OK")] * 10
 
 
-def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at_once(
+def test_the_event_loop_stores_a_small_mail_only_if_the_last_write_was_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of each mail: the seconds that it takes, its octets, and whether the event loop stores it.
+    # For each mail: the seconds to store it, its octets, and whether the event loop stores it.
     mails = [
         (0.2, 10, False),
         (0.0003, 10, False),
@@ -346,29 +346,29 @@ def test_a_mail_is_stored_in_the_event_loop_only_if_the_one_before_was_stored_at
 
 @pytest.fixture
 def limit_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that lets no more than so many threads for deliveries begin."""
+    """Return a function that limits how many delivery threads may start."""
 
     def limit(threads: int) -> None:
         start, started = threading.Thread.start, itertools.count()
 
-        def start_few(thread: threading.Thread) -> None:
+        def start_within_limit(thread: threading.Thread) -> None:
             if thread.name.startswith("delivery") and next(started) >= threads:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
-        monkeypatch.setattr(threading.Thread, "start", start_few)
+        monkeypatch.setattr(threading.Thread, "start", start_within_limit)
 
     return limit
 
 
-def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same(
+def test_a_mail_is_stored_even_if_no_thread_can_start(
     tmp_path: Path, limit_threads: Callable[[int], None]
 ) -> None:
     limit_threads(0)
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener, connect(listener.port) as client:
         for _ in range(3):
             client.sendmail("a@x", ["b@x"], MAIL)
-        # What the pool has queued in vain keeps no mail in memory.
+        # The stale jobs in the pool's queue keep no mail in memory.
         tracemalloc.start()
         try:
             for _ in range(5):
@@ -379,7 +379,7 @@ def test_without_a_thread_to_be_had_a_mail_is_stored_all_the_same(
     assert len(stored(tmp_path)) == 8
 
 
-def test_a_mail_that_waits_for_a_thread_that_cannot_be_had_is_stored_once(
+def test_a_mail_that_waits_for_a_thread_that_cannot_start_is_stored_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_threads: Callable[[int], None]
 ) -> None:
     limit_threads(1)
@@ -398,12 +398,12 @@ def test_a_mail_that_waits_for_a_thread_that_cannot_be_had_is_stored_once(
             gate.reached.get(timeout=PATIENCE)
         gate.opened.set()
         assert [client.getreply()[0] for client in (one, two)] == [250, 250]
-        # The thread takes this one after the other, which it has found done.
+        # The thread skips the queued mail, which is stored already, and stores this one.
         one.sendmail("a@x", ["b@x"], b"x" * 300_000)
     assert len(stored(tmp_path)) == 3
 
 
-def test_a_fault_in_a_thread_is_answered(
+def test_an_internal_error_in_a_thread_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fsync(_: int) -> None:
@@ -418,14 +418,14 @@ def test_a_fault_in_a_thread_is_answered(
     assert stored(tmp_path) == []
 
 
-def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
+def test_a_logged_mail_is_stored_even_if_its_client_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmtpd")
     gate = Gate()
     on_flush(monkeypatch, lambda _: gate.pass_through())
     with Listener(DsmtpdHandler(tmp_path), FREE) as listener:
-        # More clients than there are threads: some deliveries have to queue.
+        # More clients than threads: some deliveries have to queue.
         clients = [connect(listener.port) for _ in range(40)]
         for client in clients:
             begin_data(client)
@@ -439,7 +439,7 @@ def test_what_is_logged_is_stored_even_if_no_client_waits_for_it(
     assert len(stored(tmp_path)) == len(caplog.messages) == 40
 
 
-def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
+def test_a_delivery_completes_even_if_its_client_leaves_and_the_server_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -454,7 +454,7 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
         leaving = pool.submit(block.close)
         assert idle.getreply()[0] == 421
         idle.close()
-        # There is no event for what must not happen: that it leaves without the delivery.
+        # No event marks what must not happen: the server stopping without the delivery.
         assert not wait([leaving], 0.2).done
         gate.opened.set()
         leaving.result(PATIENCE)
@@ -462,9 +462,9 @@ def test_a_delivery_ends_well_when_client_and_server_leave_meanwhile(
 
 
 class Stopper(logging.Handler):
-    """Waits for the log to say that the server listens, sends a mail and then *number*.
+    """Sends a mail, and then the signal *number*, once the log says that the server listens.
 
-    Not before all has been logged that is logged at the start.
+    The signal waits until startup has been logged in full.
     """
 
     def __init__(self) -> None:
@@ -498,7 +498,7 @@ def stopper(caplog: pytest.LogCaptureFixture) -> Iterator[Stopper]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_main_takes_mails_until_a_signal(
+def test_main_accepts_mails_until_a_signal(
     tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture, number: signal.Signals
 ) -> None:
     stopper.number = number
@@ -521,13 +521,13 @@ def test_main_takes_mails_until_a_signal(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_main_prints_mails_when_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_mails_when_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-p", "0", "--print", "text"]) == 0
     assert capsys.readouterr().out == "From: a@example.com\nSubject: Hello\n\nHi there.\n"
 
 
 @pytest.mark.usefixtures("stopper")
-def test_main_prints_the_file_that_a_mail_is_in(
+def test_main_prints_the_path_of_a_stored_mail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["-p", "0", "-d", str(tmp_path), "--print", "text"]) == 0
@@ -536,7 +536,7 @@ def test_main_prints_the_file_that_a_mail_is_in(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_an_empty_maildir_is_not_worth_a_line(
+def test_no_count_is_logged_for_an_empty_maildir(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["-p", "0", "-d", str(tmp_path)]) == 0
@@ -545,7 +545,7 @@ def test_an_empty_maildir_is_not_worth_a_line(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_what_an_interrupted_run_has_left_is_removed_at_the_start(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_run_are_removed_at_startup(tmp_path: Path) -> None:
     ensure_maildir(tmp_path)
     left = tmp_path / "tmp" / "left"
     left.touch()
@@ -555,7 +555,7 @@ def test_what_an_interrupted_run_has_left_is_removed_at_the_start(tmp_path: Path
 
 
 @pytest.mark.usefixtures("stopper")
-def test_mails_that_cannot_be_counted_are_told_of(
+def test_a_failure_to_count_mails_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def scandir(path: Path) -> None:
@@ -570,18 +570,16 @@ def test_mails_that_cannot_be_counted_are_told_of(
 
 @pytest.mark.usefixtures("stopper")
 @pytest.mark.parametrize("interface", ["0.0.0.0", "::"])  # noqa: S104  # for a moment
-def test_an_interface_that_other_machines_reach_is_told_of(
+def test_main_warns_of_an_interface_that_other_machines_can_reach(
     interface: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["-p", "0", "-i", interface]) == 0
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert told == ["Other machines can send mails here, too: -i 127.0.0.1 keeps them out"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["Other machines can send mails here, too: -i 127.0.0.1 keeps them out"]
 
 
 @pytest.mark.usefixtures("stopper")
-def test_main_tells_what_clients_may_trust(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_main_logs_the_ca_to_trust(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ca = tmp_path / "a\x1bca.pem"
     assert main(["-p", "0", "--tls", "starttls", "--tls-ca", str(ca)]) == 0
     shown = rf"{tmp_path}/a\x1bca.pem"
@@ -589,9 +587,7 @@ def test_main_tells_what_clients_may_trust(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_main_tells_which_certificate_is_shown(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_main_logs_the_certificate_in_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cert = tmp_path / "a\x1bcert.pem"
     trustme.CA().issue_cert("x.test").private_key_and_cert_chain_pem.write_to_path(cert)
     assert main(["-p", "0", "--tls", "starttls", "--tls-cert", str(cert)]) == 0
@@ -599,7 +595,7 @@ def test_main_tells_which_certificate_is_shown(
     assert f"TLS by STARTTLS, with the certificate in {shown}" in caplog.messages
 
 
-def test_a_certificate_that_cannot_be_used_is_exit_code_2(
+def test_an_unusable_certificate_is_exit_code_2(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cert = tmp_path / "a\x1bcert.pem"
@@ -609,7 +605,7 @@ def test_a_certificate_that_cannot_be_used_is_exit_code_2(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_main_stores_nothing_unless_it_is_asked_to(
+def test_main_stores_nothing_unless_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -621,7 +617,7 @@ def test_main_stores_nothing_unless_it_is_asked_to(
 
 
 @pytest.mark.usefixtures("stopper")
-def test_without_a_thread_for_that_the_start_is_logged_all_the_same(
+def test_startup_is_logged_even_without_a_thread_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start = threading.Thread.start
@@ -639,7 +635,7 @@ def test_without_a_thread_for_that_the_start_is_logged_all_the_same(
 NO_LONGER = "dsmtpd no longer waits for the disk"
 
 
-def test_a_disk_that_hangs_does_not_keep_the_process(
+def test_a_hanging_disk_does_not_keep_the_process_alive(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stopper: Stopper,
@@ -675,7 +671,7 @@ def test_a_disk_that_hangs_does_not_keep_the_process(
 
 @pytest.fixture
 def _hanging_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the look at the mails that are there hang until the process ends itself."""
+    """Make counting the mails hang until the process exits."""
     gate, scandir = Gate(), os.scandir
 
     def count(folder: Path | str) -> Iterator[os.DirEntry[str]]:
@@ -693,7 +689,7 @@ def _hanging_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_hanging_folder")
-def test_a_folder_that_hangs_does_not_keep_the_process(
+def test_a_hanging_folder_does_not_keep_the_process_alive(
     tmp_path: Path, stopper: Stopper, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopper.joins = False
@@ -705,13 +701,13 @@ def test_a_folder_that_hangs_does_not_keep_the_process(
 
 
 @pytest.mark.usefixtures("_hanging_folder")
-def test_the_exit_code_of_a_command_survives_a_folder_that_hangs(tmp_path: Path) -> None:
+def test_the_exit_code_of_a_command_survives_a_hanging_folder(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["-p", "0", "-d", str(tmp_path), "--", "sh", "-c", "exit 3"])
     assert raised.value.code == 3
 
 
-def test_a_command_that_cannot_be_run_is_an_error_and_its_exit_code(
+def test_a_command_that_cannot_be_run_is_logged_and_is_exit_code_126(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert main(["-p", "0", "--tls", "starttls", "--", "/dev/null"]) == 126
@@ -719,7 +715,7 @@ def test_a_command_that_cannot_be_run_is_an_error_and_its_exit_code(
     assert errors == ["Cannot run /dev/null: Permission denied"]
 
 
-def test_bad_usage_is_a_line_without_a_time_and_exit_code_2(
+def test_bad_usage_is_one_line_without_a_timestamp_and_exit_code_2(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--port", "x\n"]) == 2

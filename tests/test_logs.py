@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def root() -> Iterator[logging.Logger]:
-    """Lend the root logger as a new process has it, without the handlers of pytest."""
+    """Yield the root logger as in a new process, without pytest's handlers."""
     logger = logging.getLogger()
     handlers, logger.handlers = logger.handlers, []
     try:
@@ -36,7 +36,7 @@ def record(text: str) -> logging.LogRecord:
     return logging.LogRecord("dsmtpd", logging.INFO, __file__, 1, text, (), None)
 
 
-def test_a_record_is_a_line_with_the_time_and_the_level(
+def test_a_record_is_one_line_with_the_time_and_the_level(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with root():
@@ -47,7 +47,7 @@ def test_a_record_is_a_line_with_the_time_and_the_level(
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO: Hello, é\n", line)
 
 
-def test_a_record_has_the_time_that_logging_gives_it() -> None:
+def test_times_are_the_same_as_in_logging() -> None:
     ours, theirs = logs.Formatter(logs.FORMAT), logging.Formatter(logs.FORMAT)
     for seconds in (0, 0.9996, 1, 1, 15_897_600.5, 1):
         made = record("x")
@@ -56,7 +56,7 @@ def test_a_record_has_the_time_that_logging_gives_it() -> None:
 
 
 def shown(level: int, text: object, *args: object) -> str:
-    """Return what a terminal gets behind the time of a record."""
+    """Return what a terminal shows after the time of a record."""
     record = logging.LogRecord("dsmtpd", level, __file__, 1, text, args, None)
     time, line = logs.TerminalFormatter(logs.FORMAT).format(record).split("\x1b[0m ", 1)
     assert re.fullmatch(r"\x1b\[2m\S+ \S+", time)
@@ -64,7 +64,7 @@ def shown(level: int, text: object, *args: object) -> str:
     return line
 
 
-def test_on_a_terminal_what_matters_stands_out() -> None:
+def test_on_a_terminal_the_important_parts_stand_out() -> None:
     mail = {"peer": "::1", "mail_from": "a@x", "subject": "Hi"}
     line = shown(logging.INFO, "%(peer)s: %(mail_from)s [%(subject)s]", mail)
     assert line == "INFO: \x1b[2m::1\x1b[0m: a@x [\x1b[1mHi\x1b[0m]"
@@ -104,7 +104,7 @@ def test_only_a_terminal_that_may_show_colours_gets_them(
         assert type(logger.handlers[0].formatter) is formatter
 
 
-def test_asyncio_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_errors_of_asyncio_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     with root():
         logs.configure()
         logging.getLogger("asyncio").warning("socket.send() raised exception.")
@@ -112,14 +112,14 @@ def test_asyncio_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"\S+ \S+ ERROR: told\n", capsys.readouterr().err)
 
 
-def test_logging_that_is_set_up_already_is_left_alone() -> None:
+def test_existing_handlers_are_left_alone() -> None:
     with root() as logger:
         logger.addHandler(logging.NullHandler())
         logs.configure()
         assert [type(handler) for handler in logger.handlers] == [logging.NullHandler]
 
 
-def test_a_closed_stderr_is_replaced_so_that_no_file_gets_its_place(
+def test_a_closed_stderr_is_replaced_by_devnull(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stderr", None)
@@ -137,14 +137,14 @@ def test_a_pipe_without_a_reader_drops_records_and_leaves_nothing_to_flush(buffe
     with os.fdopen(writer, "w", buffering, encoding="utf-8") as stream:
         handler = logs.StderrHandler(stream)
         handler.emit(record("lost"))
-        # What logging does at the end of a process.
+        # As logging does when the process ends.
         logging.shutdown([weakref.ref(handler)])
         # Had the record stayed in the buffer, this would raise BrokenPipeError.
         stream.flush()
 
 
 def full_pipe() -> tuple[int, int]:
-    """Return the ends of a pipe that takes nothing more until it is read."""
+    """Return the ends of a full pipe."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for piece in (b"x" * 4096, b"x"):
@@ -157,7 +157,7 @@ def full_pipe() -> tuple[int, int]:
 
 @posix
 @pytest.mark.parametrize("text", ["short", "long " * 10_000])
-def test_who_reads_late_gets_every_line(text: str) -> None:
+def test_a_late_reader_gets_every_line(text: str) -> None:
     reader, writer = full_pipe()
     with os.fdopen(reader, "rb") as pipe, os.fdopen(writer, "w", encoding="utf-8") as stream:
         handler = logs.StderrHandler(stream)
@@ -171,14 +171,14 @@ def test_who_reads_late_gets_every_line(text: str) -> None:
 
 
 @posix
-def test_at_the_end_what_nobody_reads_is_dropped_within_a_second() -> None:
+def test_at_shutdown_unread_records_are_dropped_within_a_second() -> None:
     reader, writer = full_pipe()
     with os.fdopen(reader, "rb"), os.fdopen(writer, "w") as stream, root() as logger:
         logger.addHandler(handler := logs.StderrHandler(stream))
         logger.addHandler(logging.NullHandler())
         thread = threading.Thread(target=handler.emit, args=(record("dropped"),))
         thread.start()
-        # There is no event for what must not happen: that it gives up before the end.
+        # No event marks what must not happen: giving up before shutdown.
         thread.join(2 * LAST)
         assert thread.is_alive()
         begin = time.monotonic()
@@ -189,7 +189,7 @@ def test_at_the_end_what_nobody_reads_is_dropped_within_a_second() -> None:
         assert LAST <= time.monotonic() - begin < 2 * LAST
 
 
-def test_what_can_be_written_at_the_end_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+def test_at_shutdown_records_are_still_written(capfd: pytest.CaptureFixture[str]) -> None:
     with root():
         logs.configure()
         logs.hurry()
@@ -197,7 +197,7 @@ def test_what_can_be_written_at_the_end_is_written(capfd: pytest.CaptureFixture[
     assert capfd.readouterr().err.endswith(" INFO: the last\n")
 
 
-def test_a_mistake_in_a_record_is_still_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_a_record_is_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
     handler = logs.StderrHandler(io.StringIO())
     mistake = record("%d")
     mistake.args = ("no number",)

@@ -43,7 +43,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_a_folder_with_the_three_folders_is_a_maildir(tmp_path: Path) -> None:
+def test_a_folder_with_tmp_new_and_cur_is_a_maildir(tmp_path: Path) -> None:
     assert not is_maildir(tmp_path)
     for name in ("tmp", "new"):
         (tmp_path / name).mkdir()
@@ -55,20 +55,20 @@ def test_a_folder_with_the_three_folders_is_a_maildir(tmp_path: Path) -> None:
     assert is_maildir(str(tmp_path))
 
 
-def test_a_file_or_nothing_is_no_maildir(tmp_path: Path) -> None:
+def test_a_file_or_a_missing_folder_is_not_a_maildir(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert not is_maildir(tmp_path / "file")
     assert not is_maildir(tmp_path / "nothing")
 
 
-def test_a_maildir_is_made_with_its_parents_and_for_its_owner(tmp_path: Path) -> None:
+def test_a_maildir_is_created_with_its_parents_and_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     ensure_maildir(str(path))
     assert is_maildir(path)
     assert [mode(folder) for folder in (path, *sorted(path.iterdir()))] == [0o700] * 4
 
 
-def test_a_maildir_is_completed_and_what_is_in_it_is_kept(path: Path) -> None:
+def test_an_incomplete_maildir_is_completed_and_keeps_its_files(path: Path) -> None:
     ensure_maildir(path)
     (path / "cur" / "mail").write_bytes(b"kept")
     (path / "notes.txt").write_bytes(b"kept")
@@ -82,7 +82,7 @@ def test_a_maildir_is_completed_and_what_is_in_it_is_kept(path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "link", "maildir/new"])
-def test_what_is_no_folder_cannot_be_a_maildir(tmp_path: Path, place: str) -> None:
+def test_a_path_that_is_not_a_folder_cannot_become_a_maildir(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     (tmp_path / "maildir").mkdir()
@@ -102,10 +102,10 @@ def test_what_is_no_folder_cannot_be_a_maildir(tmp_path: Path, place: str) -> No
         ("new", os.R_OK, "Not readable"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_named(
+def test_the_error_names_the_unusable_folder(
     path: Path, name: str, lacking: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may do everything; test_main has the system refuse it.
+    # Root may do anything; test_main tests a real refusal.
     def access(folder: Path, wanted: int) -> bool:
         return folder != path / name or not wanted & lacking
 
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_used_is_named(
     assert raised.value.filename == str(path / name)
 
 
-def test_a_yielded_maildir_is_ours_and_locked(
+def test_create_maildir_yields_our_maildir_and_locks_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -129,7 +129,7 @@ def test_a_yielded_maildir_is_ours_and_locked(
     assert is_maildir(tmp_path / "a" / "b")
 
 
-def test_a_yielded_maildir_is_unlocked_whatever_happens(
+def test_create_maildir_unlocks_it_even_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -139,7 +139,7 @@ def test_a_yielded_maildir_is_unlocked_whatever_happens(
     assert events == ["unlocked"]
 
 
-def test_a_file_of_another_is_never_written_to(
+def test_an_existing_file_is_never_overwritten(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
@@ -151,12 +151,12 @@ def test_a_file_of_another_is_never_written_to(
     assert taken.read_bytes() == b"another's"
 
 
-def test_a_missing_maildir_is_not_created_when_that_is_not_wanted(tmp_path: Path) -> None:
+def test_create_maildir_with_create_false_does_not_create_it(tmp_path: Path) -> None:
     with (
         pytest.raises(mailbox.NoSuchMailboxError),
         create_maildir(tmp_path / "none", create=False),
     ):
-        pytest.fail("there is nothing to lend")
+        pytest.fail("there is nothing to yield")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +183,7 @@ def test_a_mail_is_in_new_with_all_its_bytes(maildir: Maildir, path: Path) -> No
     assert stored(path) == [b"X: y\r\n\n\x00\xffbody"]
 
 
-def test_it_is_a_mailbox_in_all_that_it_does_not_do_itself(maildir: Maildir, path: Path) -> None:
+def test_all_other_methods_work_as_in_mailbox(maildir: Maildir, path: Path) -> None:
     key = maildir.add(b"Subject: bytes\r\n\r\nHi\r\n")
     text = maildir.add("Subject: text\n\nHi\n")
     message = mailbox.MaildirMessage(maildir[key])
@@ -206,9 +206,7 @@ def test_a_head_goes_with_bytes_only(maildir: Maildir, path: Path) -> None:
     assert stored(path) == []
 
 
-def test_its_home_folder_may_be_written_as_a_tilde(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tilde_is_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     Maildir("~/mails").add(b"x")
     assert stored(tmp_path / "mails") == [b"x"]
@@ -228,14 +226,14 @@ def test_its_home_folder_may_be_written_as_a_tilde(
         b"From a@x Mon Jan  1 00:00:00 2026\r\nSubject: mbox\r\n\r\n",
     ],
 )
-def test_only_the_line_ends_of_the_content_change(
+def test_only_the_line_endings_of_the_content_change(
     maildir: Maildir, path: Path, content: bytes
 ) -> None:
     maildir.add(content, head=b"head\n")
     assert stored(path) == [b"head\n" + content.replace(b"\r\n", b"\n")]
 
 
-def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
+def test_any_kind_of_path_works_even_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -249,16 +247,16 @@ def test_the_maildir_may_be_the_current_folder_and_any_kind_of_path(
 
 @pytest.mark.parametrize("middle", [b"\r\n", b"\r\r\n", b"\r\n\n", b"\r\n\r\n", b"\n\r", b"xxxx"])
 @pytest.mark.parametrize("shift", range(5))
-def test_a_mail_that_is_written_in_several_pieces_is_whole(
+def test_a_mail_that_is_written_in_several_pieces_is_complete(
     maildir: Maildir, path: Path, middle: bytes, shift: int
 ) -> None:
-    # Pieces of 256 KiB: the middle lies across the end of one.
+    # It is written in pieces of 256 KiB: the middle straddles two of them.
     content = b"x" * (256 * 1024 - shift) + middle + b"y" * 300_000
     maildir.add(content, head=b"head\n")
     assert stored(path) == [b"head\n" + content.replace(b"\r\n", b"\n")]
 
 
-def test_a_mail_is_whole_even_if_the_system_takes_it_bit_by_bit(
+def test_a_mail_is_complete_even_after_short_writes(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
@@ -275,7 +273,7 @@ def test_the_mode_of_a_mail_follows_the_umask(
     assert mode(path / "new" / maildir.add(b"x")) == expected
 
 
-def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(
+def test_names_sort_by_time_and_have_the_form_that_mail_readers_expect(
     maildir: Maildir, path: Path
 ) -> None:
     names = [maildir.add(b"x") for _ in range(20)]
@@ -284,7 +282,7 @@ def test_names_sort_by_time_and_have_the_form_that_mail_readers_know(
     assert len(mailbox.Maildir(path, create=False)) == 20
 
 
-def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
+def test_names_contain_time_process_and_host_and_differ_even_at_the_same_time(
     maildir: Maildir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_005_999)
@@ -295,7 +293,7 @@ def test_a_name_tells_time_process_and_host_and_is_unique_all_the_same(
     assert all(re.fullmatch(form, name) for name in names)
 
 
-def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
+def test_a_mail_is_flushed_to_disk_before_it_appears_in_new(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[Path]]] = []
@@ -310,7 +308,7 @@ def test_a_mail_is_flushed_to_the_disk_before_it_is_in_new(
 
 @pytest.fixture
 def flushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """Keep of each flush of a folder its path, and what is in it then."""
+    """Record the path of each flushed folder, and the names in it at that time."""
     seen: list[tuple[str, list[str]]] = []
 
     def fsync(descriptor: int) -> None:
@@ -324,7 +322,7 @@ def flushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 linux_only = pytest.mark.skipif(
     not os.path.islink("/dev/stdin"),  # noqa: PTH114
-    reason="this system does not tell the path of a descriptor",
+    reason="this system does not show the path of a descriptor",
 )
 
 
@@ -357,7 +355,7 @@ def test_the_folders_of_a_new_maildir_are_flushed_and_no_others(
     assert flushes == []
 
 
-def test_a_folder_that_the_system_cannot_flush_is_no_failure(
+def test_a_system_that_cannot_flush_folders_still_stores_mails(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fsync(descriptor: int) -> None:
@@ -388,17 +386,17 @@ def test_a_mail_whose_name_cannot_be_flushed_is_not_stored(
 
 @pytest.fixture
 def aged() -> Callable[[Path, float], Path]:
-    """Return a function that makes a file: it was just written, but accessed some hours ago."""
+    """Return a function that creates a file, written just now but last accessed hours ago."""
 
-    def make(file: Path, hours: float) -> Path:
+    def create(file: Path, hours: float) -> Path:
         file.touch()
         os.utime(file, (time.time() - hours * 3600, time.time()))
         return file
 
-    return make
+    return create
 
 
-def test_what_interrupted_deliveries_have_left_is_removed_after_36_hours(
+def test_leftovers_of_interrupted_deliveries_are_removed_after_36_hours(
     maildir: Maildir, path: Path, aged: Callable[[Path, float], Path]
 ) -> None:
     old, recent = aged(path / "tmp" / "old", 36.01), aged(path / "tmp" / "recent", 35.99)
@@ -406,7 +404,7 @@ def test_what_interrupted_deliveries_have_left_is_removed_after_36_hours(
     assert (old.exists(), recent.exists()) == (False, True)
 
 
-def test_nothing_but_files_of_tmp_itself_is_removed(
+def test_only_files_directly_in_tmp_are_removed(
     maildir: Maildir, path: Path, tmp_path: Path, aged: Callable[[Path, float], Path]
 ) -> None:
     (path / "tmp" / "folder").mkdir()
@@ -421,7 +419,7 @@ def test_nothing_but_files_of_tmp_itself_is_removed(
     assert all(file.exists() for file in (*kept, link))
 
 
-def test_a_tmp_that_is_another_folder_is_left_alone(
+def test_a_tmp_that_links_to_another_folder_is_left_alone(
     maildir: Maildir, path: Path, tmp_path: Path, aged: Callable[[Path, float], Path]
 ) -> None:
     (tmp_path / "another").mkdir()
@@ -432,7 +430,7 @@ def test_a_tmp_that_is_another_folder_is_left_alone(
     assert file.exists()
 
 
-def test_a_file_that_cannot_be_removed_keeps_no_other(
+def test_a_file_that_cannot_be_removed_does_not_stop_the_cleaning(
     maildir: Maildir,
     path: Path,
     aged: Callable[[Path, float], Path],
@@ -457,16 +455,14 @@ def test_a_file_that_cannot_be_removed_keeps_no_other(
 
 
 @pytest.mark.parametrize("gone", [".", "tmp", "new"])
-def test_a_maildir_that_was_removed_is_created_again(
-    maildir: Maildir, path: Path, gone: str
-) -> None:
+def test_a_removed_maildir_is_created_again(maildir: Maildir, path: Path, gone: str) -> None:
     shutil.rmtree(path / gone)
     maildir.add(b"x")
     assert is_maildir(path)
     assert stored(path) == [b"x"]
 
 
-def test_a_maildir_that_is_removed_during_a_delivery_is_made_again(
+def test_a_maildir_that_is_removed_during_a_delivery_is_created_again(
     maildir: Maildir, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removals = iter([path])
@@ -499,7 +495,7 @@ def test_a_failed_delivery_leaves_nothing_behind(
     assert stored(path) == [b"y"]
 
 
-def test_the_first_of_two_failures_counts(
+def test_the_first_of_two_errors_is_raised(
     maildir: Maildir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(number: int) -> None:

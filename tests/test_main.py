@@ -1,4 +1,4 @@
-"""The real command, as a process of its own, with real clients."""
+"""The real command, in its own process, with real clients."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from tests.tools import (
     trust_all,
 )
 
-# The whole time that the end may take, from the signal on.
+# How long shutdown may take after the signal.
 END_SECONDS = 2.0
 
-# A user that has no other processes, also where tests run side by side.
+# A user without other processes, even when tests run in parallel.
 USER = 54_321 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 
 
@@ -51,7 +51,7 @@ class Start(Protocol):
 
 
 def without(capability: str) -> list[str]:
-    """Return the words before a command that take *capability* from root; none for other users."""
+    """Return a command prefix that drops *capability* from root; empty for other users."""
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
@@ -60,12 +60,12 @@ def without(capability: str) -> list[str]:
 
 
 def with_tasks(count: int) -> list[str]:
-    """Return the words before a command that lets it have at most *count* threads."""
+    """Return a command prefix that allows at most *count* threads."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "prlimit"))):
-        pytest.skip("this takes root, setpriv and prlimit")
-    # The system does not limit root.
-    powers = "+dac_override,+dac_read_search"
-    user = ("setpriv", f"--reuid={USER}", f"--inh-caps={powers}", f"--ambient-caps={powers}")
+        pytest.skip("this needs root, setpriv and prlimit")
+    # The limit does not apply to root.
+    caps = "+dac_override,+dac_read_search"
+    user = ("setpriv", f"--reuid={USER}", f"--inh-caps={caps}", f"--ambient-caps={caps}")
     return [*user, "prlimit", f"--nproc={count}"]
 
 
@@ -121,7 +121,7 @@ def test_without_a_maildir_no_folder_is_touched(start: Start, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_printed_mail_is_on_stdout_when_it_is_accepted(start: Start, tmp_path: Path) -> None:
+def test_an_accepted_mail_is_printed_on_stdout(start: Start, tmp_path: Path) -> None:
     daemon = start("-p", "0", "-d", str(tmp_path), "--print", "json", "--tls", "implicit")
     context = trust_all()
     with smtplib.SMTP_SSL("127.0.0.1", daemon.port(), "client.test", context=context) as client:
@@ -136,7 +136,7 @@ def test_a_printed_mail_is_on_stdout_when_it_is_accepted(start: Start, tmp_path:
     assert daemon.process.stdout.read() == ""
 
 
-def test_a_closed_stdout_stops_the_printing_alone(start: Start, tmp_path: Path) -> None:
+def test_a_closed_stdout_stops_only_the_printing(start: Start, tmp_path: Path) -> None:
     run = ["sh", "-c", 'exec "$@" >&-', "sh", *RUN]
     daemon = start("-p", "0", "-d", str(tmp_path), "--print", "text", run=run)
     assert "WARNING: Mails are no longer printed: Bad file descriptor" in daemon.line()
@@ -148,7 +148,7 @@ def test_a_closed_stdout_stops_the_printing_alone(start: Start, tmp_path: Path) 
     assert (code, len(lines)) == (0, 3)
 
 
-def test_a_full_pipe_as_stdout_does_not_delay_the_end(start: Start) -> None:
+def test_a_full_stdout_pipe_does_not_delay_shutdown(start: Start) -> None:
     daemon = start("-p", "0", "--print", "text")
     send(daemon.port(), MAIL + b"x" * 200_000)
     begin = time.monotonic()
@@ -187,10 +187,10 @@ def test_ipv6_is_shown_in_brackets(start: Start) -> None:
         ),
     ],
 )
-def test_what_cannot_be_carried_out_is_one_line_and_exit_code_2(
+def test_an_unusable_path_is_one_line_and_exit_code_2(
     start: Start, arguments: list[str], line: str
 ) -> None:
-    # Had it tried to listen first, that would have been told.
+    # Listening first would report the bad interface instead.
     assert start("-i", "no.such.interface.invalid", *arguments).failure() == (2, line)
 
 
@@ -212,7 +212,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("way", "words"), [("starttls", "by STARTTLS"), ("implicit", "from the first byte")]
 )
-def test_the_log_names_the_ca_that_clients_may_trust(start: Start, way: str, words: str) -> None:
+def test_the_log_names_the_ca_to_trust(start: Start, way: str, words: str) -> None:
     daemon = start("-p", "0", "--tls", way)
     assert " INFO: Starting dsmtpd " in daemon.line()
     line, ca = daemon.line().rsplit(" ", 1)
@@ -222,7 +222,7 @@ def test_the_log_names_the_ca_that_clients_may_trust(start: Start, way: str, wor
     assert not Path(ca).exists()
 
 
-def test_a_start_that_fails_leaves_the_ca_of_another_server(start: Start, tmp_path: Path) -> None:
+def test_a_failed_start_keeps_the_ca_of_another_server(start: Start, tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     port = start("-p", "0", "--tls", "starttls", "--tls-ca", str(ca)).port()
     content = ca.read_bytes()
@@ -230,21 +230,19 @@ def test_a_start_that_fails_leaves_the_ca_of_another_server(start: Start, tmp_pa
     assert (code, ca.read_bytes()) == (1, content)
 
 
-def test_a_ca_file_that_cannot_be_written_is_one_line_and_exit_code_2(start: Start) -> None:
+def test_an_unwritable_ca_file_is_one_line_and_exit_code_2(start: Start) -> None:
     line = "Cannot write the CA to /no/ca.pem: No such file or directory"
     assert start("-p", "0", "--tls", "implicit", "--tls-ca", "/no/ca.pem").failure() == (2, line)
 
 
-def test_without_auth_none_is_offered(start: Start) -> None:
+def test_disabled_auth_is_not_offered(start: Start) -> None:
     with connect(start("-p", "0", "--disable-auth").port()) as client:
         client.ehlo()
         assert not client.has_extn("auth")
         assert client.docmd("AUTH PLAIN")[0] == 502
 
 
-def test_a_maildir_that_is_not_writable_is_one_line_and_exit_code_2(
-    start: Start, tmp_path: Path
-) -> None:
+def test_an_unwritable_maildir_is_one_line_and_exit_code_2(start: Start, tmp_path: Path) -> None:
     ensure_maildir(tmp_path)
     (tmp_path / "new").chmod(0o500)
     run = [*without("dac_override"), *RUN]
@@ -259,7 +257,7 @@ def test_a_maildir_that_is_not_writable_is_one_line_and_exit_code_2(
         ("a..b", "Malformed name"),
     ],
 )
-def test_an_interface_that_cannot_be_had_is_one_line_and_exit_code_1(
+def test_an_unavailable_interface_is_one_line_and_exit_code_1(
     start: Start, interface: str, reason: str
 ) -> None:
     line = f"Cannot listen on {interface}, port 0: {reason}"
@@ -273,17 +271,17 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(start: Start) -> None:
         assert start("-p", str(port)).failure() == (1, line)
 
 
-def test_a_port_that_is_not_permitted_is_one_line_and_exit_code_1(start: Start) -> None:
+def test_a_privileged_port_is_one_line_and_exit_code_1(start: Start) -> None:
     first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
     if not first.exists() or int(first.read_text()) <= 25:
-        pytest.skip("this machine permits every port to everybody")
+        pytest.skip("port 25 is not privileged here")
     run = [*without("net_bind_service"), *RUN]
     line = "Cannot listen on 127.0.0.1, port 25: Permission denied"
     assert start("-p", "25", run=run).failure() == (1, line)
 
 
 @pytest.mark.parametrize("state", ["idle", "in DATA"])
-def test_clients_that_stay_do_not_delay_the_end(start: Start, tmp_path: Path, state: str) -> None:
+def test_connected_clients_do_not_delay_shutdown(start: Start, tmp_path: Path, state: str) -> None:
     daemon = start("-p", "0", "-d", str(tmp_path / "maildir"))
     port = daemon.port()
     clients = [connect(port) for _ in range(5)]
@@ -303,12 +301,12 @@ def test_clients_that_stay_do_not_delay_the_end(start: Start, tmp_path: Path, st
 
 
 def with_preparation(code: str) -> list[str]:
-    """Return the command, which first does what *code* says."""
+    """Return the command, which runs *code* first."""
     start = "from dsmtpd.__main__ import main; sys.exit(main())"
     return [sys.executable, *WARNINGS, "-c", f"import os, signal, sys\n{code}\n{start}"]
 
 
-# Sends a signal to the process when it has imported so many modules after the first ones of ours.
+# Sends the process a signal at its Nth import after dsmtpd.signals; N is *left*.
 INTERRUPT = """
 class Interrupter:
     left = {left}
@@ -323,7 +321,7 @@ sys.meta_path.insert(0, Interrupter())
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("left", [2, 20, 60, 120, 180])
-def test_a_signal_at_the_start_ends_it_at_once_without_a_traceback(
+def test_a_signal_during_startup_kills_the_process_without_a_traceback(
     start: Start, tmp_path: Path, number: signal.Signals, left: int
 ) -> None:
     run = with_preparation(INTERRUPT.format(left=left, number=number))
@@ -333,7 +331,7 @@ def test_a_signal_at_the_start_ends_it_at_once_without_a_traceback(
 
 NO_LONGER = "dsmtpd no longer waits for the disk"
 
-# A call of the system that never returns, but tells that it has begun.
+# A system call that prints that it has begun, and never returns.
 HANG = """
 def hang(*_, **__):
     print("hangs", flush=True)
@@ -342,7 +340,7 @@ def hang(*_, **__):
 
 
 def hangs(daemon: Daemon) -> bool:
-    """Wait until *daemon* is in such a call."""
+    """Wait until *daemon* is in that call."""
     assert daemon.process.stdout is not None
     return daemon.process.stdout.readline() == "hangs\n"
 
@@ -357,7 +355,7 @@ def hangs(daemon: Daemon) -> bool:
         ("os.scandir", signal.SIGTERM),
     ],
 )
-def test_a_signal_ends_it_also_while_a_name_is_looked_up_or_a_folder_is_slow(
+def test_a_signal_kills_the_process_even_while_a_lookup_or_a_folder_hangs(
     start: Start, tmp_path: Path, call: str, number: signal.Signals
 ) -> None:
     slow = with_preparation(f"import socket, dsmtpd._dsmtpd\n{HANG}\n{call} = hang")
@@ -366,8 +364,10 @@ def test_a_signal_ends_it_also_while_a_name_is_looked_up_or_a_folder_is_slow(
     assert daemon.end(number) == (-number, [])
 
 
-def test_a_signal_ends_it_also_while_the_mails_are_counted(start: Start, tmp_path: Path) -> None:
-    # The folder is slow from the moment on that the port is listening.
+def test_a_signal_ends_the_command_even_while_mails_are_counted(
+    start: Start, tmp_path: Path
+) -> None:
+    # The folder hangs as soon as the port is open.
     slow = "def slow(*arguments):\n    os.scandir = hang\n    listen(*arguments)"
     patch = "listen, socket.socket.listen = socket.socket.listen, slow"
     run = with_preparation(f"import socket, dsmtpd._dsmtpd\n{HANG}\n{slow}\n{patch}")
@@ -382,7 +382,7 @@ def test_a_signal_ends_it_also_while_the_mails_are_counted(start: Start, tmp_pat
     ]
 
 
-def test_who_ignores_that_the_terminal_is_closed_goes_on(start: Start) -> None:
+def test_an_ignored_sighup_stays_ignored(start: Start) -> None:
     daemon = start("-p", "0", run=with_preparation("signal.signal(signal.SIGHUP, signal.SIG_IGN)"))
     port = daemon.port()
     daemon.process.send_signal(signal.SIGHUP)
@@ -391,7 +391,7 @@ def test_who_ignores_that_the_terminal_is_closed_goes_on(start: Start) -> None:
     assert (code, len(lines)) == (0, 2)
 
 
-def test_as_many_clients_are_served_as_the_system_allows_files(start: Start) -> None:
+def test_the_soft_limit_on_open_files_does_not_limit_clients(start: Start) -> None:
     limit = ["sh", "-c", 'ulimit -Sn 50 && ulimit -Hn 200 && exec "$@"', "sh"]
     daemon = start("-p", "0", run=[*limit, *RUN])
     port = daemon.port()
@@ -401,8 +401,8 @@ def test_as_many_clients_are_served_as_the_system_allows_files(start: Start) -> 
         client.close()
 
 
-def test_a_full_pipe_for_the_log_does_not_delay_the_end(tmp_path: Path) -> None:
-    # Not a `Daemon`, which reads the log.
+def test_a_full_log_pipe_does_not_delay_shutdown(tmp_path: Path) -> None:
+    # Not a `Daemon`: that would read the log.
     command = [*RUN, "-p", "0", "-d", str(tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as process:
         log = process.stderr
@@ -413,7 +413,7 @@ def test_a_full_pipe_for_the_log_does_not_delay_the_end(tmp_path: Path) -> None:
         with connect(port) as client:
             assert client.sock is not None
             client.sock.settimeout(1)
-            # It says no more when the pipe holds no more.
+            # Replies stop once the pipe is full.
             with suppress(smtplib.SMTPServerDisconnected):
                 while True:
                     client.sendmail("a@x", ["b@x"], b"Subject: " + b"x" * 2000)
@@ -426,10 +426,10 @@ def test_a_full_pipe_for_the_log_does_not_delay_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_a_disk_that_hangs_does_not_delay_the_end_for_ever(
+def test_a_hanging_disk_does_not_delay_shutdown_for_ever(
     start: Start, tmp_path: Path, *, in_loop: bool
 ) -> None:
-    # The second mail is stored in the event loop, as the first has been stored at once.
+    # The event loop stores a second mail, because the first was stored at once.
     settings = "time.perf_counter = lambda: 0\nserver._END_PATIENCE = 0.5"
     hang = f"{HANG}\nmails = iter([False] * {in_loop:d})\n{settings}"
     flush = "lambda number: stat.S_ISREG(os.fstat(number).st_mode) and next(mails, True) and hang()"
@@ -454,7 +454,7 @@ def test_a_disk_that_hangs_does_not_delay_the_end_for_ever(
     assert len(list((tmp_path / "new").iterdir())) == in_loop
 
 
-def test_a_signal_that_is_repeated_does_not_spoil_the_end(start: Start) -> None:
+def test_repeated_signals_do_not_disturb_shutdown(start: Start) -> None:
     daemon = start("-p", "0")
     daemon.port()
     deadline = time.monotonic() + PATIENCE
@@ -463,13 +463,13 @@ def test_a_signal_that_is_repeated_does_not_spoil_the_end(start: Start) -> None:
     assert daemon.end()[0] == 0
 
 
-def test_a_full_disk_for_the_log_does_not_spoil_the_end(start: Start) -> None:
+def test_a_full_log_disk_does_not_change_the_exit_code(start: Start) -> None:
     code, lines = start("--no-such", run=["sh", "-c", 'exec "$@" 2>/dev/full', "sh", *RUN]).end()
     assert (code, lines) == (2, [])
 
 
-def test_a_script_that_started_it_in_the_background_ends_it_with_sigterm(start: Start) -> None:
-    # In such a script SIGINT is ignored by what it starts with "&".
+def test_a_background_job_survives_sigint_and_ends_on_sigterm(start: Start) -> None:
+    # The background jobs of a script ignore SIGINT.
     shell = ["sh", "-c", '"$@" & echo $!; wait $!', "sh"]
     daemon = start("-p", "0", run=[*shell, *RUN])
     port = daemon.port()
@@ -492,11 +492,11 @@ def test_a_closed_stderr_loses_no_mail_and_stops_nothing(start: Start, tmp_path:
     assert daemon.end(signal.SIGTERM) == (0, [])
 
 
-def test_where_no_more_threads_can_be_had_mails_are_stored_and_the_end_is_orderly(
+def test_at_the_thread_limit_mails_are_stored_and_shutdown_is_clean(
     start: Start,
 ) -> None:
     run = [*with_tasks(2), *RUN]
-    with tempfile.TemporaryDirectory() as folder:  # not below one that is root's alone
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is private to root
         os.chown(folder, USER, -1)
         daemon = start("-p", "0", "-d", folder, run=run)
         with connect(daemon.port()) as client:

@@ -1,4 +1,4 @@
-"""What dsmtpd does without the names that Windows lacks, which are taken away here."""
+"""dsmtpd without the names that Windows lacks, which these tests remove."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_mails_are_stored_and_a_signal_ends_it(
+def test_mails_are_stored_and_a_signal_ends_the_command(
     start: Callable[..., Daemon], tmp_path: Path, number: signal.Signals
 ) -> None:
     arguments = ("-p", "0", "-d", str(tmp_path), "--print", "text", "--tls", "starttls")
@@ -65,7 +65,7 @@ def test_mails_are_stored_and_a_signal_ends_it(
     assert last.endswith("INFO: Cleaning up")
 
 
-def test_a_command_is_run_and_its_exit_code_is_that_of_all(
+def test_a_command_is_run_and_sets_the_exit_code(
     start: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     tls = ("--tls", "starttls", "--tls-ca", str(tmp_path / "ca.pem"))
@@ -75,7 +75,7 @@ def test_a_command_is_run_and_its_exit_code_is_that_of_all(
     assert len(stored(tmp_path / "mails")) == 1
 
 
-def test_ctrl_c_which_the_command_gets_by_itself_ends_only_the_command(
+def test_ctrl_c_is_left_to_the_command(
     start: Callable[..., Daemon],
 ) -> None:
     inside, outside = os.pipe()
@@ -94,7 +94,7 @@ def test_ctrl_c_which_the_command_gets_by_itself_ends_only_the_command(
     ("name", "reason", "code"),
     [("no-such", "No such file or directory", 127), ("/dev/null", "Permission denied", 126)],
 )
-def test_a_command_that_cannot_be_run_is_reported_as_elsewhere(
+def test_a_command_that_cannot_be_run_is_reported_as_on_posix(
     name: str, reason: str, code: int
 ) -> None:
     with pytest.raises(CommandError, match=f"Cannot run {name}: {reason}") as raised:
@@ -104,7 +104,7 @@ def test_a_command_that_cannot_be_run_is_reported_as_elsewhere(
 
 @pytest.fixture
 def received() -> list[int]:
-    """Return which signals have come to the handlers of the process."""
+    """Return the signals that the handlers of the process have received."""
     numbers: list[int] = []
     for number in signals.named("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(number, lambda received, _: numbers.append(received))
@@ -112,7 +112,7 @@ def received() -> list[int]:
 
 
 @pytest.mark.usefixtures("_windows")
-def test_a_signal_that_nobody_waits_for_comes_after_the_block(received: list[int]) -> None:
+def test_a_signal_that_nobody_waits_for_is_delivered_after_the_block(received: list[int]) -> None:
     with signals.blocked():
         signal.raise_signal(signal.SIGTERM)
         assert received == []
@@ -129,7 +129,7 @@ def test_a_block_within_a_block_leaves_signals_to_the_outer_one(received: list[i
 
 
 @pytest.mark.usefixtures("_windows")
-def test_once_a_signal_has_come_the_next_ones_are_ignored(received: list[int]) -> None:
+def test_after_the_first_signal_the_next_ones_are_ignored(received: list[int]) -> None:
     with signals.blocked() as blocked:
         signal.raise_signal(signal.SIGINT)
         signals.wait(blocked)
@@ -139,9 +139,7 @@ def test_once_a_signal_has_come_the_next_ones_are_ignored(received: list[int]) -
 
 
 @pytest.mark.usefixtures("_windows")
-def test_who_waits_looks_again_and_again(
-    received: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_polls_for_signals(received: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with signals.blocked() as blocked:
         signals.wait(blocked)
@@ -149,14 +147,14 @@ def test_who_waits_looks_again_and_again(
 
 
 @pytest.mark.usefixtures("_windows")
-def test_a_stream_is_written_to_without_a_question(tmp_path: Path) -> None:
+def test_a_stream_is_written_to_without_polling(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as stream:
         assert Output(stream).write("x" * 1000)
     assert (tmp_path / "out").read_text() == "x" * 1000
 
 
 @pytest.mark.usefixtures("_windows")
-def test_a_thread_that_cannot_hold_signals_back_leaves_them_as_they_are(
+def test_outside_the_main_thread_signals_are_not_blocked(
     received: list[int],
 ) -> None:
     def raise_blocked() -> None:
@@ -175,11 +173,11 @@ def test_the_octets_of_a_mail_are_stored_as_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "new" / key).read_bytes() == MAIL.replace(b"\r\n", b"\n")
 
 
-def test_where_names_have_no_colons_a_mail_that_has_been_read_is_known_by_its_name(
+def test_a_mail_that_a_reader_moves_is_returned_once_even_without_colons_in_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Maildir, "colon", "!")
     key = Maildir(tmp_path).add(MAIL)
-    # As a look finds it while a reader moves it.
+    # As seen while a reader moves it.
     (tmp_path / "cur" / f"{key}!2,S").write_bytes(MAIL)
     assert len(messages(tmp_path)) == 1

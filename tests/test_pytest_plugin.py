@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import trustme  # noqa: F401  # which cannot be imported twice
+import trustme  # noqa: F401  # it cannot be imported twice
 
 from dsmtpd.testing import Server
 
@@ -37,7 +37,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return pytester.runpytest_inprocess(*STRICT, *arguments)
 
 
-def test_a_test_has_a_server_of_its_own_without_any_configuration(
+def test_each_test_has_its_own_server_without_any_configuration(
     pytester: pytest.Pytester,
 ) -> None:
     tests = """
@@ -49,7 +49,7 @@ def test_it(dsmtpd, _):
     send(dsmtpd)
     assert [message.subject for message in dsmtpd.messages] == ["Hello"]
 
-def test_that_they_have_stopped():
+def test_servers_have_stopped():
     for port in ports:
         with pytest.raises(ConnectionRefusedError):
             smtplib.SMTP("127.0.0.1", port)
@@ -57,7 +57,7 @@ def test_that_they_have_stopped():
     assert outcomes(pytester, tests) == {"passed": 3}
 
 
-def test_the_server_of_the_session_has_one_port_and_no_mails_of_other_tests(
+def test_the_session_server_keeps_its_port_but_no_mails_of_other_tests(
     pytester: pytest.Pytester,
 ) -> None:
     tests = """
@@ -77,7 +77,7 @@ def test_it(application, dsmtpd_session, _):
     assert outcomes(pytester, tests) == {"passed": 2}
 
 
-def test_the_marker_gives_the_options_and_the_closest_one_counts(pytester: pytest.Pytester) -> None:
+def test_the_marker_sets_the_options_and_the_closest_one_wins(pytester: pytest.Pytester) -> None:
     tests = """
 pytestmark = pytest.mark.dsmtpd(auth=False, max_size=1000)
 
@@ -98,7 +98,7 @@ def test_others(dsmtpd):
     assert outcomes(pytester, tests) == {"passed": 2}
 
 
-def test_replies_fail_as_the_marker_asks_for_this_test_only(pytester: pytest.Pytester) -> None:
+def test_the_rules_of_a_marker_apply_only_to_its_test(pytester: pytest.Pytester) -> None:
     tests = """
 def fails(server):
     try:
@@ -143,7 +143,7 @@ def test_welcomed(welcome, dsmtpd_session):
     assert outcomes(pytester, tests) == {"passed": 2}
 
 
-def test_what_is_wrong_with_the_marker_is_one_line(pytester: pytest.Pytester) -> None:
+def test_an_error_in_the_marker_is_one_line(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("""
 import pytest
 
@@ -193,7 +193,7 @@ def test_a_failing_assert_shows_the_messages(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*assert (<a@x -> b@x [[]Hello[]]>,) == ()"])
 
 
-def test_each_worker_of_xdist_has_servers_of_its_own(pytester: pytest.Pytester) -> None:
+def test_each_xdist_worker_has_its_own_servers(pytester: pytest.Pytester) -> None:
     tests = """
 @pytest.mark.parametrize("_", range(10))
 def test_it(dsmtpd, dsmtpd_session, _):
@@ -213,7 +213,7 @@ def test_the_marker_is_listed_with_the_options_of_the_server(pytester: pytest.Py
     result.stdout.fnmatch_lines([f"@pytest.mark.dsmtpd({options}): *"])
 
 
-def test_to_load_it_imports_nothing_of_aiosmtpd_or_of_ours() -> None:
+def test_loading_the_plugin_imports_nothing_else() -> None:
     script = """
 import sys, pytest
 known = {*sys.modules}

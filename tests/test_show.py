@@ -47,7 +47,7 @@ def whole_mail() -> bytes:
 NOW = datetime(2026, 1, 7, 14, 30, 2, 1234, timezone(timedelta(hours=1)))
 
 
-def test_as_text_a_mail_is_as_a_person_wants_to_read_it() -> None:
+def test_as_text_a_mail_is_easy_to_read() -> None:
     arrival = Arrival(message(whole_mail()), NOW, file="/mails/new/1")
     assert as_text(arrival).split("\n") == [
         "From: Zoë <a@x.test>",
@@ -66,12 +66,12 @@ def test_as_text_a_mail_is_as_a_person_wants_to_read_it() -> None:
     ]
 
 
-def test_as_text_html_alone_is_shown_as_a_text() -> None:
+def test_as_text_html_alone_becomes_plain_text() -> None:
     mail = b'Content-Type: text/html\r\n\r\n<p>Hi</p><a href="https://x.test/">Reset</a>\r\n'
     assert as_text(Arrival(message(mail), NOW)) == "\nHi\n\nReset <https://x.test/>\n"
 
 
-def test_as_json_a_mail_is_a_line_with_all_that_is_known_of_it() -> None:
+def test_as_json_a_mail_is_one_line_with_everything_known_about_it() -> None:
     mail = whole_mail()
     line = as_json(Arrival(message(mail), NOW, "TLSv1.3", "app", "/mails/new/1"))
     assert line.isascii()
@@ -99,7 +99,7 @@ def test_as_json_a_mail_is_a_line_with_all_that_is_known_of_it() -> None:
     }
 
 
-def test_as_json_what_is_not_known_is_null_and_faults_are_warnings() -> None:
+def test_as_json_unknown_values_are_null_and_faults_are_warnings() -> None:
     record = json.loads(as_json(Arrival(message(b"Subject: x\r\n\r\na\nb\r\n"), NOW)))
     assert (record["tls"], record["auth_user"], record["file"]) == (None, None, None)
     assert record["warnings"] == ["no From field", "1 bare LF, first in line 3"]
@@ -107,7 +107,7 @@ def test_as_json_what_is_not_known_is_null_and_faults_are_warnings() -> None:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, TextIO]]:
-    """Yield the end of a pipe to read from, and the other as a stream."""
+    """Yield the read end of a pipe, and the write end as a stream."""
     reading, writing = os.pipe()
     with suppress(OSError), os.fdopen(writing, "w", encoding="ascii") as stream:
         try:
@@ -120,7 +120,7 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
 def print_all(
     stream: TextIO | None, *contents: bytes, form: Literal["text", "json"] = "text", tls: Any = None
 ) -> None:
-    """Have a printer print mails with *contents*, one after the other."""
+    """Print mails with *contents*, one after another."""
     session = SimpleNamespace(ssl=tls, auth_data=None)
 
     async def run() -> None:
@@ -131,7 +131,7 @@ def print_all(
         asyncio.run(run())
 
 
-def test_a_mail_is_printed_when_the_printing_returns(pipe: tuple[int, TextIO]) -> None:
+def test_a_mail_is_printed_by_the_time_show_returns(pipe: tuple[int, TextIO]) -> None:
     reading, stream = pipe
 
     async def run() -> None:
@@ -154,7 +154,7 @@ def test_a_mail_is_printed_when_the_printing_returns(pipe: tuple[int, TextIO]) -
         asyncio.run(run())
 
 
-def test_a_rule_stands_between_mails_and_no_character_is_too_strange(
+def test_a_rule_separates_mails_and_unencodable_characters_are_escaped(
     pipe: tuple[int, TextIO],
 ) -> None:
     reading, stream = pipe
@@ -164,7 +164,7 @@ def test_a_rule_stands_between_mails_and_no_character_is_too_strange(
     )
 
 
-def test_a_closed_stdout_ends_the_printing_with_one_warning(
+def test_a_closed_stdout_ends_printing_with_one_warning(
     pipe: tuple[int, TextIO], caplog: pytest.LogCaptureFixture
 ) -> None:
     reading, stream = pipe
@@ -174,7 +174,7 @@ def test_a_closed_stdout_ends_the_printing_with_one_warning(
 
 
 @posix
-def test_a_full_disk_ends_the_printing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_ends_printing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with open("/dev/full", "w", encoding="utf-8") as stream:  # noqa: PTH123
         print_all(stream, b"1", b"2", b"3")
         stream.reconfigure(errors="strict")
@@ -199,18 +199,18 @@ def test_without_a_thread_nothing_is_printed(
 
 
 @posix
-def test_what_nobody_reads_delays_one_reply_and_the_end_by_little(
+def test_an_unread_pipe_briefly_delays_one_reply_and_shutdown(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(show, "_PATIENCE", 0.3)
     begin = time.monotonic()
     print_all(pipe[1], b"x" * 100_000, *[b"y"] * 100)
-    assert time.monotonic() - begin < PATIENCE  # If each reply waited, it would be 30 s.
+    assert time.monotonic() - begin < PATIENCE  # If each reply waited, this would take 30 s.
     assert troubles(caplog) == [("WARNING", f"{ENDED}Nobody reads them")]
 
 
 @posix
-def test_when_too_much_waits_for_a_reader_the_printing_ends(
+def test_printing_ends_when_too_much_is_unread(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(show, "_PATIENCE", 0.01)
@@ -234,7 +234,7 @@ def test_when_too_much_waits_for_a_reader_the_printing_ends(
     assert troubles(caplog) == [("WARNING", f"{ENDED}Nobody reads them")]
 
 
-def test_a_reader_that_comes_late_gets_all_mails(
+def test_a_late_reader_gets_all_mails(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(show, "_PATIENCE", 0.01)

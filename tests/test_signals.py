@@ -14,12 +14,12 @@ def mask() -> set[int | signal.Signals]:
     return signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_at_first_every_signal_ends_the_process_as_the_system_does_it() -> None:
+def test_at_first_every_signal_has_its_default_action() -> None:
     signals.end_at_once()
     assert {signal.getsignal(number) for number in STOPPING} == {signal.SIG_DFL}
 
 
-def test_a_sigint_that_is_ignored_stays_ignored() -> None:
+def test_an_ignored_sigint_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals.end_at_once()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -34,7 +34,7 @@ def test_a_blocked_signal_is_not_lost(number: signal.Signals) -> None:
     assert mask() == set()
 
 
-def test_threads_leave_the_signals_to_who_waits() -> None:
+def test_new_threads_block_the_signals_too() -> None:
     masks = []
     with signals.blocked():
         thread = threading.Thread(target=lambda: masks.append(mask()))
@@ -43,11 +43,11 @@ def test_threads_leave_the_signals_to_who_waits() -> None:
     assert masks == [STOPPING]
 
 
-def test_once_a_signal_has_come_the_next_ones_are_ignored() -> None:
+def test_after_the_first_signal_the_next_ones_are_ignored() -> None:
     with signals.blocked() as blocked:
         signal.raise_signal(signal.SIGTERM)
         signals.wait(blocked)
-        # Raised before it is seen to be ignored, it would end the tests.
+        # Checked first, because a signal that is not ignored would end the tests.
         assert {signal.getsignal(number) for number in STOPPING} == {signal.SIG_IGN}
         for number in STOPPING:
             signal.raise_signal(number)
@@ -55,7 +55,7 @@ def test_once_a_signal_has_come_the_next_ones_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(
+def test_a_signal_that_was_ignored_at_startup_stays_ignored(
     number: signal.Signals,
 ) -> None:
     signal.signal(number, signal.SIG_IGN)

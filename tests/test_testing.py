@@ -37,11 +37,11 @@ def a_mail() -> EmailMessage:
     mail.set_content(f"Hallo Zoë, {LINK} hilft.\n", cte="quoted-printable")
     mail.add_alternative(f'<a href="{LINK}">Hier</a>', subtype="html")
     mail.add_attachment(b"%PDF", maintype="application", subtype="pdf", filename="ü.pdf")
-    mail.as_bytes()  # which settles its boundaries
+    mail.as_bytes()  # this generates the boundaries
     return mail
 
 
-def test_a_mail_that_has_been_sent_is_there_decoded() -> None:
+def test_a_sent_mail_is_received_and_decoded() -> None:
     mail = a_mail()
     with Server() as server, connect(server.port, server.host) as client:
         client.send_message(mail)
@@ -60,10 +60,10 @@ def test_a_mail_that_has_been_sent_is_there_decoded() -> None:
     assert isinstance(message.email, EmailMessage)
 
 
-def test_a_message_cannot_be_changed_and_can_be_in_a_set() -> None:
+def test_a_message_is_immutable_and_hashable() -> None:
     message = ReceivedMessage("<>", ("b@x",), "", b"")
     with pytest.raises(AttributeError):
-        message.content = b"x"  # type: ignore[misc]  # which is the point
+        message.content = b"x"  # type: ignore[misc]  # the point of the test
     assert len({message, ReceivedMessage("<>", ("b@x",), "", b"")}) == 1
 
 
@@ -86,7 +86,7 @@ def test_the_repr_of_a_message_is_like_its_line_in_the_log(subject: str, shown: 
     assert repr(ReceivedMessage("a@x", ("b@x", "c@x"), "", content)) == shown
 
 
-def test_wait_returns_when_so_many_mails_are_there() -> None:
+def test_wait_returns_once_enough_mails_have_arrived() -> None:
     waited: SimpleQueue[object] = SimpleQueue()
     with Server() as server:
         Thread(target=lambda: waited.put(server.wait(2, timeout=1e6)), daemon=True).start()
@@ -120,7 +120,7 @@ def test_clear_forgets_the_mails() -> None:
         assert len(server.messages) == 1
 
 
-def test_a_server_that_has_stopped_keeps_its_mails_and_serves_nobody() -> None:
+def test_a_stopped_server_keeps_its_mails_and_refuses_connections() -> None:
     with Server() as server:
         send(server.port)
     assert len(server.messages) == 1
@@ -148,7 +148,7 @@ def test_servers_run_side_by_side() -> None:
         ({"tls": "starttls"}, "starttls", ""),
     ],
 )
-def test_its_options_are_those_of_the_command(
+def test_the_server_accepts_the_options_of_the_command(
     options: dict[str, Any], keyword: str, value: str | None
 ) -> None:
     with Server(**options) as server, connect(server.port) as client:
@@ -157,7 +157,7 @@ def test_its_options_are_those_of_the_command(
         assert (offered and offered.strip()) == value
 
 
-def test_its_ca_is_what_clients_are_to_trust() -> None:
+def test_clients_can_trust_the_ca_of_the_server() -> None:
     with Server(tls="implicit") as server:
         context = ssl.create_default_context(cadata=server.ca)
         with smtplib.SMTP_SSL(server.host, server.port, "c.test", context=context) as client:
@@ -178,7 +178,7 @@ def refused(server: Server) -> bool:
 
 
 @pytest.mark.parametrize("rules", ["rcpt:451:b@*:1", ["mail:451:z", "rcpt:451::1"]])
-def test_replies_fail_by_its_rules(rules: str | list[str]) -> None:
+def test_rules_make_replies_fail(rules: str | list[str]) -> None:
     with Server(fail=rules) as server:
         assert [refused(server) for _ in range(2)] == [True, False]
         server.fail(rules)
@@ -189,44 +189,44 @@ def test_replies_fail_by_its_rules(rules: str | list[str]) -> None:
         assert not refused(server)
 
 
-def test_rules_apply_to_clients_that_are_connected_already() -> None:
+def test_rules_apply_to_clients_that_are_already_connected() -> None:
     with Server() as server, connect(server.port) as client:
         client.ehlo()
         server.fail("mail:451")
         assert client.mail("a@example.com") == (451, b"4.0.0 Failed on demand")
 
 
-def test_a_delay_of_no_time_is_none() -> None:
+def test_a_delay_of_zero_is_no_delay() -> None:
     with Server(fail="mail:delay=0") as server, connect(server.port) as client:
         client.ehlo()
         assert client.mail("a@example.com")[0] == 250
 
 
-def test_time_that_stands_still_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delay_ends_even_if_the_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     with Server(fail="mail:delay=0.01") as server:
         send(server.port)
     assert len(server.messages) == 1
 
 
-def test_a_program_that_forgets_to_stop_it_ends_all_the_same() -> None:
+def test_a_program_that_forgets_to_stop_the_server_still_exits() -> None:
     program = "from dsmtpd.testing import Server; Server().__enter__()"
     done = subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
     assert done.returncode == 0
 
 
-def test_options_that_make_no_sense_are_told() -> None:
+def test_invalid_options_raise() -> None:
     with pytest.raises(ValueError, match=r"^max_size: -1 is not a number of octets, 0 or more"):
         Server(max_size=-1)
     with pytest.raises(ValueError, match=r"^max_size: '1000' is not a number of octets"):
-        Server(max_size="1000")  # type: ignore[arg-type]  # as somebody without mypy does
+        Server(max_size="1000")  # type: ignore[arg-type]  # as someone without mypy does
     with pytest.raises(RuleError, match=r"^rcpt:200: '200' is neither a code"):
         Server(fail="rcpt:200")
     with pytest.raises(ValueError, match=r"^tls: 'ssl' is neither starttls nor implicit"):
-        Server(tls="ssl")  # type: ignore[arg-type]  # as somebody without mypy does
+        Server(tls="ssl")  # type: ignore[arg-type]  # as someone without mypy does
 
 
-def test_what_tls_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_without_trustme_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
     with pytest.raises(TLSError, match="Cannot generate a certificate"):
         Server(tls="starttls")
@@ -250,7 +250,7 @@ def store(
     return Maildir(maildir).add(content, head=message.envelope_fields())
 
 
-def test_the_mails_of_a_maildir_are_there_oldest_first_read_or_not(tmp_path: Path) -> None:
+def test_the_mails_in_a_maildir_are_returned_oldest_first_read_or_not(tmp_path: Path) -> None:
     keys = [store(tmp_path, content=b"Subject: %d\r\n\r\nHi\r\n" % number) for number in range(12)]
     for number in (0, 5):
         file = tmp_path / "new" / keys[number]
@@ -273,26 +273,24 @@ def test_the_mails_of_a_maildir_are_there_oldest_first_read_or_not(tmp_path: Pat
         ('"b@x', '"c@x'),
     ],
 )
-def test_the_envelope_of_a_stored_mail_is_as_it_came(
-    rcpt_tos: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_stored_mail_keeps_its_envelope(rcpt_tos: tuple[str, ...], tmp_path: Path) -> None:
     store(tmp_path, mail_from="ä@x", rcpt_tos=rcpt_tos, peer=("::1", 1024, 0, 0))
     assert messages(tmp_path) == (ReceivedMessage("ä@x", rcpt_tos, "[::1]:1024", b"Hi\n"),)
 
 
-def test_a_stored_mail_of_a_client_without_an_address_has_none(tmp_path: Path) -> None:
+def test_a_stored_mail_from_a_client_without_an_address_has_no_peer(tmp_path: Path) -> None:
     store(tmp_path, mail_from=None, peer="")
     assert messages(tmp_path) == (ReceivedMessage("<>", ("b@x",), "", b"Hi\n"),)
 
 
-def test_a_mail_that_another_program_has_stored_has_no_envelope(tmp_path: Path) -> None:
+def test_a_mail_that_another_program_stored_has_no_envelope(tmp_path: Path) -> None:
     Maildir(tmp_path).add(b"Subject: Other\n\nX-Peer: x\nX-MailFrom: x\nX-RcptTo: x\n")
     (message,) = messages(tmp_path)
     assert (message.peer, message.mail_from, message.rcpt_tos) == ("", "", ())
     assert message.subject == "Other"
 
 
-def test_a_mail_that_a_reader_moves_meanwhile_is_there_once(
+def test_a_mail_that_a_reader_moves_meanwhile_is_returned_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, other = store(tmp_path), store(tmp_path)
@@ -312,7 +310,7 @@ def test_a_mail_that_a_reader_moves_meanwhile_is_there_once(
 
 
 @posix
-def test_what_is_no_file_of_a_mail_is_passed_over(tmp_path: Path) -> None:
+def test_folders_and_fifos_are_skipped(tmp_path: Path) -> None:
     store(tmp_path)
     (tmp_path / "new" / "folder").mkdir()
     os.mkfifo(tmp_path / "new" / "fifo")
@@ -329,6 +327,6 @@ def test_copies_of_mails_are_read_too(tmp_path: Path) -> None:
     assert windows == ReceivedMessage("a@x", ("b@x",), "127.0.0.1:1024", b"Hi\r\n")
 
 
-def test_a_maildir_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_maildir_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="mails/new"):
         messages(tmp_path / "mails")

@@ -66,7 +66,7 @@ def ca() -> trustme.CA:
 
 @pytest.fixture(scope="module")
 def cert(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the file with the certificate and the key of a server that is called localhost."""
+    """Return the file with the certificate and the key of a server called localhost."""
     file = tmp_path_factory.mktemp("cert") / "localhost.pem"
     ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(file))
     return str(file)
@@ -74,7 +74,7 @@ def cert(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def context(cert: str) -> ssl.SSLContext:
-    """Return what that server shows."""
+    """Return the TLS context of that server."""
     context, _ = certificate(Options(tls="implicit", tls_cert=cert))
     assert context is not None
     return context
@@ -85,7 +85,7 @@ def listener_by(way: Way, cert: str, handler: Handler | None = None) -> Listener
 
 
 def trusting(ca: trustme.CA) -> ssl.SSLContext:
-    """Return what a client goes by that trusts *ca*, and nobody else."""
+    """Return the TLS context of a client that trusts only *ca*."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ca.configure_trust(context)
     return context
@@ -107,7 +107,7 @@ def connect(port: int, way: Way, context: ssl.SSLContext) -> smtplib.SMTP:
 
 
 def before_the_handshake(port: int, way: Way) -> socket.socket:
-    """Return the socket of a client that may begin TLS now."""
+    """Return the socket of a client that may begin the handshake."""
     client = socket.create_connection(("localhost", port), PATIENCE)
     if way == "starttls":
         client.sendall(b"STARTTLS\r\n")
@@ -117,24 +117,24 @@ def before_the_handshake(port: int, way: Way) -> socket.socket:
 
 
 class Client:
-    """The TLS of a client, without I/O."""
+    """A client's TLS, without I/O."""
 
     def __init__(self, context: ssl.SSLContext, name: str = "localhost") -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_hostname=name)
-        self._is_begun = self.ended = False
+        self._handshake_done = self.ended = False
 
     def begin(self) -> bytes:
         return self.receive(b"")[1]
 
     def receive(self, octets: bytes) -> tuple[bytes, bytes]:
-        """Return what *octets* of the server mean, and what is to be sent to it then."""
+        """Decrypt *octets* from the server; return the plain text, and what to send back."""
         self._incoming.write(octets)
         plain = b""
         with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-            if not self._is_begun:
+            if not self._handshake_done:
                 self._object.do_handshake()
-                self._is_begun = True
+                self._handshake_done = True
             while octets := self._object.read(65536):
                 plain += octets
             self.ended = True
@@ -145,14 +145,14 @@ class Client:
         return self._outgoing.read()
 
     def end(self) -> bytes:
-        """Return the word that nothing more is sent."""
+        """Return the close_notify that says nothing more will be sent."""
         with suppress(ssl.SSLWantReadError):
             self._object.unwrap()
         return self._outgoing.read()
 
 
-class Secret:
-    """A client of a `Wire`, by TLS."""
+class SecureWire:
+    """A `Wire` over TLS."""
 
     def __init__(self, wire: Wire, ca: trustme.CA) -> None:
         self.wire = wire
@@ -169,7 +169,7 @@ class Secret:
         await self.wire.send(self.client.encrypt(octets))
 
     def read(self) -> bytes:
-        """Return what has come by now."""
+        """Return what has arrived so far."""
         return self.client.receive(self.wire.read())[0]
 
 
@@ -180,11 +180,11 @@ def clock() -> Iterator[Clock]:
     loop.close()
 
 
-# The layer by itself.
+# The layer alone.
 
 
 def shake_hands(client: Client, layer: Layer, piece: int) -> None:
-    """Do the handshake of both, of whose octets the layer receives *piece* at once."""
+    """Shake hands; the layer receives at most *piece* octets at a time."""
     octets = client.begin()
     while octets:
         for begin in range(0, len(octets), piece):
@@ -201,7 +201,7 @@ def forged(record: bytes) -> bytes:
 
 @pytest.mark.parametrize("piece", [1, 5, 1000, 1_000_000])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_tls_comes_through_in_pieces_of_any_size(
+def test_tls_may_arrive_in_pieces_of_any_size(
     version: ssl.TLSVersion, piece: int, ca: trustme.CA, context: ssl.SSLContext
 ) -> None:
     trust = trusting(ca)
@@ -218,7 +218,9 @@ def test_tls_comes_through_in_pieces_of_any_size(
     assert layer.ended
 
 
-def test_a_reply_is_encrypted_and_the_end_is_said(ca: trustme.CA, context: ssl.SSLContext) -> None:
+def test_replies_are_encrypted_and_the_end_is_announced(
+    ca: trustme.CA, context: ssl.SSLContext
+) -> None:
     client, layer = Client(trusting(ca)), Layer(context)
     shake_hands(client, layer, 1_000_000)
     layer.send(b"250 OK\r\n" * 10_000)
@@ -232,7 +234,9 @@ def test_a_reply_is_encrypted_and_the_end_is_said(ca: trustme.CA, context: ssl.S
     assert layer.outgoing() == b""
 
 
-def test_a_client_that_has_ended_reads_on(ca: trustme.CA, context: ssl.SSLContext) -> None:
+def test_a_client_can_still_read_after_its_close_notify(
+    ca: trustme.CA, context: ssl.SSLContext
+) -> None:
     client, layer = Client(trusting(ca)), Layer(context)
     shake_hands(client, layer, 1_000_000)
     layer.receive(client.end())
@@ -240,12 +244,12 @@ def test_a_client_that_has_ended_reads_on(ca: trustme.CA, context: ssl.SSLContex
     assert client.receive(layer.outgoing())[0] == b"250 OK\r\n"
 
 
-def test_octets_that_are_no_tls_raise(context: ssl.SSLContext) -> None:
+def test_octets_that_are_not_tls_raise(context: ssl.SSLContext) -> None:
     with pytest.raises(ssl.SSLError, match="WRONG_VERSION_NUMBER"):
         Layer(context).receive(b"EHLO client.test\r\n")
 
 
-def test_a_forged_record_raises_and_the_client_learns_of_it(
+def test_a_forged_record_raises_and_alerts_the_client(
     ca: trustme.CA, context: ssl.SSLContext
 ) -> None:
     client, layer = Client(trusting(ca)), Layer(context)
@@ -260,7 +264,7 @@ def test_a_forged_record_raises_and_the_client_learns_of_it(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_mails_of_any_size_come_encrypted(
+def test_mails_of_any_size_arrive_over_tls(
     way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -286,7 +290,7 @@ def test_mails_of_any_size_come_encrypted(
     assert troubles(caplog) == []
 
 
-def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, cert: str) -> None:
+def test_starttls_forgets_what_came_before_it(ca: trustme.CA, cert: str) -> None:
     sessions = []
 
     async def keep_session(_server: object, session: Any, _envelope: object) -> None:
@@ -299,8 +303,8 @@ def test_what_was_said_in_clear_is_forgotten(ca: trustme.CA, cert: str) -> None:
         client.login("app", "secret")
         client.mail("a@x")
         client.starttls(context=trusting(ca))
-        assert client.docmd("RCPT TO:<b@x>")[0] == 503  # for want of a MAIL
-        assert client.docmd("MAIL FROM:<a@x>")[0] == 503  # for want of an EHLO
+        assert client.docmd("RCPT TO:<b@x>")[0] == 503  # without MAIL
+        assert client.docmd("MAIL FROM:<a@x>")[0] == 503  # without EHLO
         client.sendmail("a@x", ["b@x"], MAIL)
         assert client.login("other", "secret")[0] == 235
         client.sendmail("a@x", ["b@x"], MAIL)
@@ -334,38 +338,38 @@ def test_commands_injected_after_starttls_are_dropped(
 
 def test_the_server_ends_tls_after_quit(ca: trustme.CA, cert: str) -> None:
     async def run() -> bytes:
-        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
-        await secret.open()
-        assert codes(secret.read().splitlines()) == [220]
-        await secret.send(b"QUIT\r\n")
-        assert secret.wire.session not in secret.wire.service.clients
-        reply = secret.read()
-        assert secret.client.ended
-        secret.wire.socket.close()
+        secure = SecureWire(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
+        await secure.open()
+        assert codes(secure.read().splitlines()) == [220]
+        await secure.send(b"QUIT\r\n")
+        assert secure.wire.session not in secure.wire.service.clients
+        reply = secure.read()
+        assert secure.client.ended
+        secure.wire.socket.close()
         return reply
 
     assert asyncio.run(run()) == b"221 Bye\r\n"
 
 
 @pytest.mark.parametrize("last", ["close_notify", "FIN", "both"])
-def test_a_client_that_closes_its_half_after_its_mail_is_answered(
+def test_a_client_that_half_closes_after_its_mail_gets_a_reply(
     last: str, ca: trustme.CA, cert: str
 ) -> None:
     handler = Handler()
 
     async def run() -> bytes:
-        secret = Secret(Wire(handler, tls="implicit", tls_cert=cert), ca)
-        wire = secret.wire
-        await secret.open()
-        octets = secret.client.encrypt(b"HELO x\r\n" + BEGIN + b"hi\r\n.\r\n")
+        secure = SecureWire(Wire(handler, tls="implicit", tls_cert=cert), ca)
+        wire = secure.wire
+        await secure.open()
+        octets = secure.client.encrypt(b"HELO x\r\n" + BEGIN + b"hi\r\n.\r\n")
         if last != "FIN":
-            octets += secret.client.end()
+            octets += secure.client.end()
         await wire.loop.sock_sendall(wire.socket, octets)
         if last != "close_notify":
             wire.socket.shutdown(socket.SHUT_WR)
         await turns(10)
         assert wire.session not in wire.service.clients
-        replies = secret.read()
+        replies = secure.read()
         wire.socket.close()
         return replies
 
@@ -374,7 +378,7 @@ def test_a_client_that_closes_its_half_after_its_mail_is_answered(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_leaves_before_it_is_answered_makes_no_trouble(
+def test_a_client_that_leaves_before_the_reply_causes_no_warning(
     way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listener_by(way, cert) as listener:
@@ -388,7 +392,7 @@ def test_a_client_that_leaves_before_it_is_answered_makes_no_trouble(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_leaves_after_the_handshake_without_a_word_is_reported(
+def test_a_client_that_leaves_right_after_the_handshake_is_reported(
     way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listener_by(way, cert) as listener:
@@ -401,44 +405,44 @@ def test_a_client_that_leaves_after_the_handshake_without_a_word_is_reported(
     assert text.endswith(f": The client left after the TLS handshake without a word; {reason}")
 
 
-def test_a_client_that_vanishes_after_the_handshake_without_a_word_is_reported_too(
+def test_a_client_that_resets_right_after_the_handshake_is_reported_too(
     ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
-        await secret.open()
-        secret.wire.socket.close()  # with a greeting that it has not read: a reset
+        secure = SecureWire(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
+        await secure.open()
+        secure.wire.socket.close()  # a reset, as the greeting is unread
         await turns(3)
-        assert secret.wire.session not in secret.wire.service.clients
+        assert secure.wire.session not in secure.wire.service.clients
 
     asyncio.run(run())
     ((level, text),) = troubles(caplog)
     assert (level, text[:48]) == ("WARNING", ": The client left after the TLS handshake withou")
 
 
-def test_a_tls_session_that_is_broken_is_reported_and_closed(
+def test_a_forged_record_is_reported_and_ends_the_session(
     ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
-        await secret.open()
-        await secret.send(b"NOOP\r\n")
-        assert codes(secret.read().splitlines()) == [220, 250]
-        await secret.wire.send(forged(secret.client.encrypt(b"NOOP\r\n")) + MAIL)
-        assert secret.wire.session not in secret.wire.service.clients
+        secure = SecureWire(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
+        await secure.open()
+        await secure.send(b"NOOP\r\n")
+        assert codes(secure.read().splitlines()) == [220, 250]
+        await secure.wire.send(forged(secure.client.encrypt(b"NOOP\r\n")) + MAIL)
+        assert secure.wire.session not in secure.wire.service.clients
         with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
-            secret.read()
-        secret.wire.socket.close()
+            secure.read()
+        secure.wire.socket.close()
 
     asyncio.run(run())
     ((level, text),) = troubles(caplog)
-    # OpenSSL 3.6 has other words for it.
+    # OpenSSL 3.6 words it differently.
     reason = "decryption failed or bad record mac|record layer failure"
     assert re.fullmatch(rf": TLS failed: ({reason})", text)
     assert level == "WARNING"
 
 
-# A handshake that fails.
+# A failed handshake.
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -491,7 +495,7 @@ def test_a_client_that_does_not_trust_the_ca_is_reported_and_the_next_one_served
 )
 def test_a_failure_is_reported_in_a_few_words(reason: str | None, words: str) -> None:
     error = ssl.SSLError(1, "anything")
-    error.reason = reason  # type: ignore[assignment]  # which it can lack
+    error.reason = reason  # type: ignore[assignment]  # it may be None
     assert failure(error) == words
 
 
@@ -509,7 +513,7 @@ LEFT = "the client left; perhaps it speaks plain text, or does not trust the cer
     ],
 )
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_speaks_no_tls_is_reported(
+def test_a_client_that_does_not_speak_tls_is_reported(
     way: Way, octets: bytes, reason: str, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
@@ -523,14 +527,14 @@ def test_a_client_that_speaks_no_tls_is_reported(
     assert failures(caplog) == [reason]
 
 
-def test_a_client_that_vanishes_in_the_handshake_is_reported(
+def test_a_client_that_resets_during_the_handshake_is_reported(
     cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         wire = Wire(Handler(), tls="starttls", tls_cert=cert)
         await wire.open()
         await wire.send(b"STARTTLS\r\n")
-        wire.socket.close()  # with replies that it has not read: a reset
+        wire.socket.close()  # a reset, as the replies are unread
         await turns(3)
         assert wire.session not in wire.service.clients
 
@@ -539,7 +543,7 @@ def test_a_client_that_vanishes_in_the_handshake_is_reported(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_client_that_keeps_the_handshake_waiting_is_cut(
+def test_a_client_that_stalls_the_handshake_is_disconnected(
     way: Way, clock: Clock, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> list[bytes]:
@@ -559,13 +563,13 @@ def test_a_client_that_keeps_the_handshake_waiting_is_cut(
     assert failures(caplog) == ["it takes too long; perhaps the client speaks plain text"]
 
 
-def test_a_client_that_neither_reads_nor_begins_tls_is_cut(
+def test_a_client_that_neither_reads_nor_begins_tls_is_disconnected(
     clock: Clock, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         wire = Wire(Handler(), tls="starttls", tls_cert=cert)
         await wire.open()
-        # Less than what would have the server wait, and more than the system holds.
+        # Too little to make the server wait, but more than the system buffers.
         wire.hold_little()
         await wire.send(b"HELP\r\n" * 100 + b"STARTTLS\r\n")
         await turns(100)
@@ -578,30 +582,30 @@ def test_a_client_that_neither_reads_nor_begins_tls_is_cut(
     assert failures(caplog) == ["it takes too long; perhaps the client speaks plain text"]
 
 
-def test_after_the_handshake_a_client_has_as_much_time_as_in_clear(
+def test_after_the_handshake_the_usual_timeout_applies(
     ca: trustme.CA, clock: Clock, cert: str
 ) -> None:
     async def run() -> bytes:
-        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
-        await secret.open()
+        secure = SecureWire(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
+        await secure.open()
         clock.ahead += 299
         await turns(3)
-        greeting = secret.read()
+        greeting = secure.read()
         assert codes(greeting.splitlines()) == [220]
         clock.ahead += 2
         await turns(3)
-        replies = greeting + secret.read()
-        secret.wire.socket.close()
+        replies = greeting + secure.read()
+        secure.wire.socket.close()
         return replies
 
     assert codes(clock.run_until_complete(run()).splitlines()) == [220, 421]
 
 
-# The end.
+# The end of a session.
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_server_that_stops_tells_its_clients_by_tls(
+def test_a_stopping_server_says_so_over_tls(
     way: Way, ca: trustme.CA, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listener_by(way, cert) as listener:
@@ -612,7 +616,7 @@ def test_a_server_that_stops_tells_its_clients_by_tls(
 
 
 @pytest.mark.parametrize("way", BOTH)
-def test_a_server_that_stops_says_nothing_into_a_handshake(
+def test_a_stopping_server_sends_nothing_during_a_handshake(
     way: Way, cert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listener_by(way, cert) as listener:
@@ -622,16 +626,16 @@ def test_a_server_that_stops_says_nothing_into_a_handshake(
     assert troubles(caplog) == []
 
 
-@pytest.mark.parametrize("end", ["the server stops", "it has had 300 s"])
-def test_a_client_that_does_not_read_after_quit_is_cut(
+@pytest.mark.parametrize("end", ["the server stops", "300 s have passed"])
+def test_a_client_that_does_not_read_after_quit_is_disconnected(
     end: str, ca: trustme.CA, clock: Clock, cert: str
 ) -> None:
     async def run() -> None:
-        secret = Secret(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
-        wire = secret.wire
+        secure = SecureWire(Wire(Handler(), tls="implicit", tls_cert=cert), ca)
+        wire = secure.wire
         wire.hold_little()
-        await secret.open()
-        await secret.send(b"HELP\r\n" * 100 + b"QUIT\r\n")
+        await secure.open()
+        await secure.send(b"HELP\r\n" * 100 + b"QUIT\r\n")
         await turns(100)
         assert wire.session in wire.service.clients
         if end == "the server stops":
@@ -645,7 +649,7 @@ def test_a_client_that_does_not_read_after_quit_is_cut(
     clock.run_until_complete(run())
 
 
-# What a session costs.
+# The memory of a session.
 
 
 def alive(kind: type) -> int:
@@ -673,7 +677,7 @@ def leave_before_the_handshake(port: int, _context: ssl.SSLContext) -> None:
 @pytest.mark.parametrize(
     "leave", [leave_after_quit, leave_with_a_reset, leave_before_the_handshake]
 )
-def test_nothing_of_a_session_stays_alive_until_the_next_garbage_collection(
+def test_a_session_is_freed_without_garbage_collection(
     leave: Callable[[int, ssl.SSLContext], None], ca: trustme.CA, cert: str
 ) -> None:
     trust = trusting(ca)
@@ -697,7 +701,7 @@ def test_nothing_of_a_session_stays_alive_until_the_next_garbage_collection(
 
 
 def agree(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | None:
-    """Return the version of TLS that a server and a client agree on that looks for *name*."""
+    """Return the TLS version that a server and a client that expects *name* agree on."""
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(back, there, server_hostname=name),
@@ -710,7 +714,7 @@ def agree(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str | No
 
 
 def generated(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Return what a server shows by *options*, and what a client goes by that trusts its CA."""
+    """Return the TLS contexts of a server with *options* and of a client that trusts its CA."""
     context, ca = certificate(options)
     assert context is not None
     assert ca is not None
@@ -720,7 +724,7 @@ def generated(options: Options) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 @pytest.mark.parametrize(
     "name", ["localhost", "127.0.0.1", "::1", socket.gethostname(), "192.0.2.1", "mail.example"]
 )
-def test_a_generated_certificate_is_for_the_names_of_the_host_and_the_interface(name: str) -> None:
+def test_a_generated_certificate_is_valid_for_the_host_and_the_interface(name: str) -> None:
     interface = name if name in {"192.0.2.1", "mail.example"} else "my_host"
     server, trust = generated(Options(tls="starttls", interface=interface))
     assert agree(server, trust, name) == "TLSv1.3"
@@ -728,9 +732,9 @@ def test_a_generated_certificate_is_for_the_names_of_the_host_and_the_interface(
         agree(server, trust, "other.example")
 
 
-@pytest.mark.skipif(not ssl.HAS_TLSv1_1, reason="OpenSSL has no TLS 1.1 any more")
+@pytest.mark.skipif(not ssl.HAS_TLSv1_1, reason="this OpenSSL has no TLS 1.1")
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1:DeprecationWarning")
-def test_nothing_older_than_tls_1_2_is_spoken() -> None:
+def test_nothing_older_than_tls_1_2_is_accepted() -> None:
     server, client = generated(STARTTLS)
     server.set_ciphers("ALL:@SECLEVEL=0")
     client.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -741,21 +745,21 @@ def test_nothing_older_than_tls_1_2_is_spoken() -> None:
         agree(server, client, "localhost")
 
 
-def test_without_tls_there_is_nothing_to_show() -> None:
+def test_without_tls_there_is_no_certificate() -> None:
     context, ca = certificate(Options())
     assert context is None
     with ca_file(ca, None) as file:
         assert file is None
 
 
-def test_a_temporary_ca_file_goes_with_the_server() -> None:
+def test_a_temporary_ca_file_is_removed_at_the_end() -> None:
     with ca_file(b"ca", None) as file:
         assert file is not None
         assert Path(file).read_bytes().endswith(b"\nca")
     assert not Path(file).exists()
 
 
-def test_the_ca_file_that_is_asked_for_stays_and_is_replaced_by_the_next_start(
+def test_a_named_ca_file_stays_until_the_next_start_replaces_it(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "ca.pem"
@@ -766,7 +770,9 @@ def test_the_ca_file_that_is_asked_for_stays_and_is_replaced_by_the_next_start(
         assert path.read_bytes().endswith(b"\n" + content)
 
 
-def test_the_work_of_others_is_not_overwritten_by_a_ca(tmp_path: Path, ca: trustme.CA) -> None:
+def test_the_ca_does_not_overwrite_a_file_of_another_program(
+    tmp_path: Path, ca: trustme.CA
+) -> None:
     file = tmp_path / "ca.pem"
     with ca_file(b"ca", str(file)):
         content = ca.cert_pem.bytes() + file.read_bytes()
@@ -785,7 +791,7 @@ def refusal_of_ca(file: Path) -> str:
 
 
 @pytest.mark.parametrize("content", [b"theirs", None])
-def test_a_link_is_replaced_by_the_ca_and_not_followed(
+def test_the_ca_replaces_a_link_instead_of_following_it(
     tmp_path: Path, content: bytes | None
 ) -> None:
     link, target = tmp_path / "ca.pem", tmp_path / "target"
@@ -799,7 +805,7 @@ def test_a_link_is_replaced_by_the_ca_and_not_followed(
 
 
 @posix
-def test_a_file_of_another_user_is_not_used_for_the_ca(
+def test_the_ca_does_not_overwrite_a_file_of_another_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, link = tmp_path / "ca.pem", tmp_path / "link"
@@ -814,7 +820,7 @@ def test_a_file_of_another_user_is_not_used_for_the_ca(
 
 @posix
 @pytest.mark.parametrize("is_link", [False, True])
-def test_a_fifo_is_not_waited_for(tmp_path: Path, *, is_link: bool) -> None:
+def test_a_fifo_is_refused_without_waiting(tmp_path: Path, *, is_link: bool) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     if is_link:
@@ -826,7 +832,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path, *, is_link: bool) -> None:
     assert refusal(tls_cert=__file__, tls_key=str(fifo)) == line
 
 
-def test_a_ca_that_cannot_be_written_in_full_leaves_what_was_there(
+def test_a_failure_to_write_the_ca_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "ca.pem"
@@ -870,7 +876,7 @@ def test_a_temporary_file_that_cannot_be_created_is_reported_in_one_line(
 
 
 @posix
-def test_no_signal_leaves_the_file_behind_by_which_a_made_key_goes(
+def test_signals_are_blocked_while_a_temporary_file_holds_the_generated_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     configure, masks = trustme.LeafCert.configure_cert, []
@@ -885,7 +891,9 @@ def test_no_signal_leaves_the_file_behind_by_which_a_made_key_goes(
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
     line = "Cannot generate a certificate: install trustme, or name one with --tls-cert"
     assert refusal() == line
@@ -893,7 +901,7 @@ def test_without_the_extra_the_user_is_told_how_to_get_it(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Path:
-    """Return a folder with a certificate, its key, and what may be mistaken for them."""
+    """Return a folder with a certificate, its key, and files that may be mistaken for them."""
     folder = tmp_path_factory.mktemp("files")
     certificate, other = ca.issue_cert("named.example"), ca.issue_cert("other.example")
     chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
@@ -917,7 +925,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, ca: trustme.CA) -> Path:
 
 
 @pytest.mark.parametrize("names", [("cert", "key"), ("both", "key"), ("both", None)])
-def test_a_certificate_may_be_named(
+def test_the_named_certificate_is_used(
     names: tuple[str, str | None], files: Path, ca: trustme.CA
 ) -> None:
     cert, key = (name and str(files / name) for name in names)
@@ -945,7 +953,7 @@ def test_a_certificate_may_be_named(
         (".", "key", ".", "Is a directory"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_reported_in_one_line(
+def test_an_unusable_file_is_reported_in_one_line(
     cert: str, key: str, at_fault: str, reason: str, files: Path
 ) -> None:
     line = f"Cannot use {files / at_fault}: {reason.format(cert=files / cert)}"
@@ -957,7 +965,7 @@ def test_a_certificate_without_its_key_is_reported_in_one_line(files: Path) -> N
     assert refusal(tls_cert=str(files / "cert")) == line
 
 
-def test_a_key_of_another_kind_is_reported_in_one_line(files: Path, tmp_path: Path) -> None:
+def test_a_key_of_another_type_is_reported_in_one_line(files: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     other = trustme.CA().issue_cert("x.example", key_type=trustme.KeyType.RSA)
     other.private_key_pem.write_to_path(key)
