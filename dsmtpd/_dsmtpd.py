@@ -178,9 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv*, by default those of the process.
 
     Returns its exit code: 0 after SIGINT, SIGTERM or SIGHUP, 1 when it cannot listen, 2 for
-    arguments that it cannot carry out, else that of the command after `--`. From the first of these
-    signals on, the process ignores them, as it is about to end. `--help` and `--version` raise
-    `SystemExit`.
+    arguments that it cannot carry out, else that of the command after `--`. At the end, the process
+    ignores these signals. `--help` and `--version` raise `SystemExit`.
     """
     logs.configure()
     try:
@@ -281,8 +280,8 @@ def _raise_file_limit() -> tuple[int, int] | None:
         return None
     import resource  # noqa: PLC0415
 
-    before = _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (most, _OPEN_MAX):
+    before = soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (most, max(soft, _OPEN_MAX)):
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
             break
@@ -306,7 +305,7 @@ def _announce(options: Options, listener: Listener, ca: str | None) -> None:
         "Starting dsmtpd %s at %s size limit %s", __version__, address, options.max_size or None
     )
     if options.tls is not None:
-        way = "by STARTTLS" if options.tls == "starttls" else "from the first byte"
+        way = "after STARTTLS" if options.tls == "starttls" else "from the first byte"
         shown = (
             f"a certificate of the CA in {ca}" if ca else f"the certificate in {options.tls_cert}"
         )

@@ -23,7 +23,8 @@ Usage:
   dsmtpd [options] [--fail RULE]...
 
 Add -- COMMAND [ARG...] to run a command while dsmtpd listens, and to exit with its exit code.
-It finds the server through DSMTPD_HOST, DSMTPD_PORT, DSMTPD_DIRECTORY and DSMTPD_TLS_CA.
+The command finds the server through DSMTPD_HOST and DSMTPD_PORT, its Maildir through
+DSMTPD_DIRECTORY, and the CA to trust through DSMTPD_TLS_CA.
 
 Options:
   -p PORT, --port PORT        Listen on this port; 0 picks a free one [default: 1025].

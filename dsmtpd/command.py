@@ -43,8 +43,8 @@ def run(
 ) -> int:
     """Run *command* with *variables*, whose names begin with `DSMTPD_`; return its exit code.
 
-    The *blocked* signals are passed on to it, and ignored once it has ended. *files*: its limits of
-    open files, if the system has any. Raises `CommandError`.
+    The *blocked* signals are passed on to it (on Windows by the console), and ignored once it has
+    ended. *files*: its limits of open files, if the system has any. Raises `CommandError`.
     """
     others = {name: value for name, value in os.environ.items() if not name.startswith("DSMTPD_")}
     environment = {**others, **variables}
@@ -66,4 +66,5 @@ def run(
 def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run *command* on Windows, where a console sends Ctrl+C to all its processes."""
     program = shutil.which(command[0]) or command[0]  # finds a .cmd, too
-    return subprocess.call([program, *command[1:]], env=environment)  # noqa: S603
+    code = subprocess.call([program, *command[1:]], env=environment)  # noqa: S603
+    return code if code < 1 << 31 else code - (1 << 32)  # Python exits with signed codes only.

@@ -1,4 +1,4 @@
-"""One client's connection: it carries a conversation over a transport, in clear or by TLS."""
+"""One client's connection: it carries a conversation over a transport, with or without TLS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import sys
 import time
 from functools import partial
 from itertools import takewhile
@@ -42,6 +43,9 @@ _UNREAD_OCTETS = 64 * 1024
 # replies to commands that came together are sent together (RFC 2920, section 3.2).
 _ACTIONS = 64
 _TURN = 0.01
+
+# Windows waits for at most 512 sockets at a time, and the server needs a few itself.
+_CLIENTS = 500 if sys.platform == "win32" else float("inf")
 
 # Seconds without an octet after which a client is cut (RFC 5321, section 4.5.3.2.7).
 _PATIENCE = 300
@@ -146,6 +150,10 @@ class Connection(asyncio.BufferedProtocol):
         self._service.clients.add(self)
         self._heard = self._loop.time()
         self._set_clock(_PATIENCE)
+        if len(self._service.clients) > _CLIENTS:
+            self._report(Report("Too many clients at a time"))
+            self._is_ending = True
+            self._cut("421 4.3.2 Too many clients")
         self._proceed()
 
     def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  # asyncio's

@@ -615,7 +615,7 @@ class Conversation:
             if self._fails("auth", user):
                 return
             self.user, self._verb = user, b""
-            text = f"{self.user} logged in by AUTH {self._mechanism}"
+            text = f"{self.user} logged in with AUTH {self._mechanism}"
             self._actions.append(Report(text, warns=False))
             self._answer("235 2.7.0 Authentication successful")
 

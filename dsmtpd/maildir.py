@@ -141,7 +141,7 @@ class Maildir(mailbox.Maildir):
 
     def path(self, key: str) -> str:
         """Return the absolute path of the file of *key*, until a reader moves it."""
-        return f"{self._base}new/{key}"
+        return os.path.join(self._base, "new", key)  # noqa: PTH118
 
     def clean(self) -> None:
         """Remove the files in tmp/ that have not been accessed for 36 hours.

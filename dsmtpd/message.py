@@ -148,7 +148,7 @@ class Message(NamedTuple):
         content, header = self.content, self.header
         end = header.end
         if end >= _HEADER_OCTETS or len(header.names) >= _FIELDS:
-            return  # Nobody has looked at its end.
+            return  # The header was not read to its end.
         for place in header.mbox_lines:
             yield f"line {_line(content, place)} is a From line of an mbox file"
         if content.startswith(_BYTE_ORDER_MARK):

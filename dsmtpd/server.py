@@ -49,7 +49,7 @@ _AWAKE = 100e-6
 # `time.monotonic`, but safe from tests that replace it, for example by freezegun. Windows has no
 # other such clock; there, the performance counter is the most precise one.
 if sys.platform == "win32":
-    _clock = time.perf_counter
+    _clock = partial(time.perf_counter)
 else:
     _clock = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
@@ -121,7 +121,7 @@ class Listener:
         self._thread.join(_END_PATIENCE)
         if self._thread.is_alive():
             raise StopError(f"A mail could not be stored within {_END_PATIENCE} s")
-        draining.result()
+        draining.result(0)  # It is there, unless the loop has failed.
 
     def fail(self, rules: Sequence[Rule]) -> None:
         """Make replies fail by *rules* from now on, instead of those in the options."""

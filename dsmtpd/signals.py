@@ -23,7 +23,7 @@ def named(*names: str) -> frozenset[signal.Signals]:
     return frozenset(known[name] for name in names if name in known)
 
 
-# Windows sends the last one for Ctrl+Break, and when it closes a console.
+# The last one is Ctrl+Break on Windows.
 _STOPPING = named("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
@@ -41,7 +41,8 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
     """Hold back these signals, and *more*, in this thread and those that it starts; yield them.
 
     None gets lost, whenever it is sent. Signals that the process was started to ignore stay
-    ignored, such as SIGINT by a script's `dsmtpd &`, and SIGHUP by `nohup`.
+    ignored, such as SIGINT by a script's `dsmtpd &`, and SIGHUP by `nohup`. Windows holds signals
+    back for the whole process, and only in the main thread.
     """
     held = {*_STOPPING, *more}
     signals = {number for number in held if signal.getsignal(number) is not signal.SIG_IGN}
@@ -58,10 +59,11 @@ def blocked(*more: int) -> Iterator[Collection[int]]:
 
 @contextmanager
 def _caught(signals: Collection[int]) -> Iterator[None]:
-    """Hold back *signals* by handlers; only the main thread can set them, and runs them."""
+    """Hold back *signals* by handlers, which can be set, and are run, only in the main thread."""
     before = {}
+    ours = [number for number in signals if signal.getsignal(number) is not None]
     with suppress(ValueError):
-        before = {number: signal.signal(number, _keep) for number in signals}
+        before = {number: signal.signal(number, _keep) for number in ours}
     try:
         yield
     finally:

@@ -560,7 +560,7 @@ def test_a_verbose_session_is_logged_in_both_directions_with_its_peer(
     begin = texts.index("S: 250 HELP", begin)
     assert texts[begin + 1 : begin + 4] == [
         "C: AUTH PLAIN ***",
-        "app logged in by AUTH PLAIN",
+        "app logged in with AUTH PLAIN",
         "S: 235 2.7.0 Authentication successful",
     ]
     assert texts[-6:] == [

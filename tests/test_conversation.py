@@ -47,7 +47,7 @@ SUCCESS = "235 2.7.0 Authentication successful"
 
 
 def login(user: str, mechanism: str = "PLAIN") -> Report:
-    return Report(f"{user} logged in by AUTH {mechanism}", warns=False)
+    return Report(f"{user} logged in with AUTH {mechanism}", warns=False)
 
 
 class Outcome(NamedTuple):

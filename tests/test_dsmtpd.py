@@ -583,7 +583,7 @@ def test_main_logs_the_ca_to_trust(tmp_path: Path, caplog: pytest.LogCaptureFixt
     ca = tmp_path / "a\x1bca.pem"
     assert main(["-p", "0", "--tls", "starttls", "--tls-ca", str(ca)]) == 0
     shown = rf"{tmp_path}/a\x1bca.pem"
-    assert f"TLS by STARTTLS, with a certificate of the CA in {shown}" in caplog.messages
+    assert f"TLS after STARTTLS, with a certificate of the CA in {shown}" in caplog.messages
 
 
 @pytest.mark.usefixtures("stopper")
@@ -592,7 +592,7 @@ def test_main_logs_the_certificate_in_use(tmp_path: Path, caplog: pytest.LogCapt
     trustme.CA().issue_cert("x.test").private_key_and_cert_chain_pem.write_to_path(cert)
     assert main(["-p", "0", "--tls", "starttls", "--tls-cert", str(cert)]) == 0
     shown = rf"{tmp_path}/a\x1bcert.pem"
-    assert f"TLS by STARTTLS, with the certificate in {shown}" in caplog.messages
+    assert f"TLS after STARTTLS, with the certificate in {shown}" in caplog.messages
 
 
 def test_an_unusable_certificate_is_exit_code_2(

@@ -210,7 +210,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("way", "words"), [("starttls", "by STARTTLS"), ("implicit", "from the first byte")]
+    ("way", "words"), [("starttls", "after STARTTLS"), ("implicit", "from the first byte")]
 )
 def test_the_log_names_the_ca_to_trust(start: Start, way: str, words: str) -> None:
     daemon = start("-p", "0", "--tls", way)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dsmtpd import signals
+from dsmtpd import logs, signals
 from dsmtpd.command import CommandError, run
 from dsmtpd.maildir import Maildir
 from dsmtpd.output import Output
@@ -89,6 +93,16 @@ def test_ctrl_c_is_left_to_the_command(
     assert last.endswith("INFO: Cleaning up")
 
 
+def test_a_signal_with_a_handler_in_c_is_left_alone(start: Callable[..., Daemon]) -> None:
+    # That of faulthandler, which -X dev turns on.
+    run = [sys.executable, "-X", "dev", *WINDOWS[1:]]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        daemon = start("-p", str(port), "--", "true", run=run)
+        reason = f"Cannot listen on 127.0.0.1, port {port}: Address already in use"
+        assert daemon.failure() == (1, reason)
+
+
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize(
     ("name", "reason", "code"),
@@ -100,6 +114,21 @@ def test_a_command_that_cannot_be_run_is_reported_as_on_posix(
     with pytest.raises(CommandError, match=f"Cannot run {name}: {reason}") as raised:
         run([name], {}, [])
     assert raised.value.code == code
+
+
+@pytest.mark.usefixtures("_windows")
+def test_a_command_may_be_a_batch_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on Windows, where the system itself looks for .exe alone.
+    monkeypatch.setattr(shutil, "which", {"npm": sys.executable}.get)
+    assert run(["npm", "-c", "raise SystemExit(7)"], {}, []) == 7
+
+
+@pytest.mark.usefixtures("_windows")
+def test_an_exit_code_of_32_bits_is_one_that_python_can_exit_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: 0xC000013A)  # after Ctrl+C
+    assert run(["x"], {}, []) == 0xC000013A - (1 << 32)
 
 
 @pytest.fixture
@@ -181,3 +210,14 @@ def test_a_mail_that_a_reader_moves_is_returned_once_even_without_colons_in_name
     # As seen while a reader moves it.
     (tmp_path / "cur" / f"{key}!2,S").write_bytes(MAIL)
     assert len(messages(tmp_path)) == 1
+
+
+def test_a_console_that_may_not_know_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    logs.configure()
+    (handler,) = logging.getLogger().handlers
+    assert type(handler.formatter) is logs.Formatter

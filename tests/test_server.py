@@ -357,6 +357,20 @@ def test_a_thousand_clients_that_connect_at_once_are_all_greeted(handler: Handle
             assert client.recv(4) == b"220 "
 
 
+def test_where_the_system_sets_a_limit_one_client_too_many_is_refused(
+    handler: Handler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dsmtpd.connection._CLIENTS", 1)
+    with Listener(handler, FREE) as listener:
+        with connect(listener.port) as client:
+            with pytest.raises(smtplib.SMTPConnectError, match="421"):
+                connect(listener.port)
+            client.sendmail("a@example.com", ["b@example.com"], MAIL)
+        (text,) = [text for _, text in troubles(caplog)]
+        assert text.endswith(": Too many clients at a time")
+    assert handler.contents == [MAIL]
+
+
 @contextmanager
 def out_of_file_descriptors(
     listener: Listener, caplog: pytest.LogCaptureFixture

@@ -285,7 +285,7 @@ def test_mails_of_any_size_arrive_over_tls(
     assert handler.contents == [MAIL, large * 100_000, MAIL]
     assert len(ciphers) == 3
     assert all(cipher.startswith("TLS_") for cipher in ciphers)
-    login = r"127\.0\.0\.1:\d+: app logged in by AUTH PLAIN"
+    login = r"127\.0\.0\.1:\d+: app logged in with AUTH PLAIN"
     assert any(re.fullmatch(login, message) for message in caplog.messages)
     assert troubles(caplog) == []
 

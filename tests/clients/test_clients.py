@@ -117,7 +117,7 @@ def test_a_client_configured_for_production_delivers_its_mail(
         ca.write_bytes(listener.ca or b"")
         assert run(name, listener.port, way, ca) == 0
     login, mail = (line.partition(": ")[2] for line in caplog.messages)
-    assert login.startswith("app logged in by AUTH ")
+    assert login.startswith("app logged in with AUTH ")
     assert mail == f"app@example.com -> user@example.com [Hello from {name}]"
     (content,) = stored(tmp_path / "mails")
     message = email.message_from_bytes(content, policy=email.policy.default)
