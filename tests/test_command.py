@@ -156,8 +156,7 @@ COUNTING = ("--", sys.executable, "-c", COUNT)
 
 def says(daemon: Daemon, word: str) -> bool:
     """Wait for the command's next line; return whether it is *word*."""
-    assert daemon.process.stdout is not None
-    return daemon.process.stdout.readline().strip() == word
+    return daemon.output_line() == word
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU])

@@ -127,13 +127,12 @@ def test_an_accepted_mail_is_printed_on_stdout(start: Start, tmp_path: Path) -> 
     with smtplib.SMTP_SSL("127.0.0.1", daemon.port(), "client.test", context=context) as client:
         client.login("app", "secret")
         client.sendmail("a@example.com", ["b@example.com"], MAIL)
-        assert daemon.process.stdout is not None
-        record = json.loads(daemon.process.stdout.readline())
+        record = json.loads(daemon.output_line())
     assert (record["subject"], record["text"]) == ("Hello", "Hi there.\n")
     assert (record["tls"], record["auth_user"]) == ("TLSv1.3", "app")
     assert Path(record["file"]).read_bytes() == stored(tmp_path)[0]
     assert daemon.end(signal.SIGTERM)[0] == 0
-    assert daemon.process.stdout.read() == ""
+    assert daemon.output_line() == ""
 
 
 def test_a_closed_stdout_stops_only_the_printing(start: Start, tmp_path: Path) -> None:
@@ -341,8 +340,7 @@ def hang(*_, **__):
 
 def hangs(daemon: Daemon) -> bool:
     """Wait until *daemon* is in that call."""
-    assert daemon.process.stdout is not None
-    return daemon.process.stdout.readline() == "hangs\n"
+    return daemon.output_line() == "hangs"
 
 
 @pytest.mark.parametrize(
@@ -473,8 +471,7 @@ def test_a_background_job_survives_sigint_and_ends_on_sigterm(start: Start) -> N
     shell = ["sh", "-c", '"$@" & echo $!; wait $!', "sh"]
     daemon = start("-p", "0", run=[*shell, *RUN])
     port = daemon.port()
-    assert daemon.process.stdout is not None
-    process = int(daemon.process.stdout.readline())
+    process = int(daemon.output_line())
     os.kill(process, signal.SIGINT)
     send(port)
     os.kill(process, signal.SIGTERM)

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import re
+import select
 import shutil
 import smtplib
 import socket
@@ -314,6 +315,17 @@ class Daemon:
     def line(self) -> str:
         """Wait for the next line of its log, and return it."""
         return self._lines.get(timeout=PATIENCE)
+
+    def output_line(self) -> str:
+        """Wait for the next line on its stdout, and return it, or what has come of it in time."""
+        assert self.process.stdout is not None
+        line, stdout = b"", self.process.stdout.fileno()
+        while not line.endswith(b"\n") and select.select([stdout], [], [], PATIENCE)[0]:
+            # Octet by octet, so that what follows stays in the pipe.
+            if not (octet := os.read(stdout, 1)):
+                break
+            line += octet
+        return line.decode().rstrip("\n")
 
     def port(self) -> int:
         """Return the port that it listens on, after reading all lines logged at the start."""
