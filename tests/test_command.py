@@ -140,16 +140,13 @@ def test_a_pending_signal_is_passed_on(system: str, monkeypatch: pytest.MonkeyPa
 # Counts SIGINTs; exits on SIGTERM with 10 plus that count.
 COUNT = """
 import os, signal, sys
-count = 0
-def interrupted(*_):
-    global count
+count, numbers = 0, [signal.SIGINT, signal.SIGTERM]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+os.write(1, b"ready\\n")
+while signal.sigwait(numbers) == signal.SIGINT:
     count += 1
     os.write(1, b"interrupted\\n")
-signal.signal(signal.SIGINT, interrupted)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(10 + count))
-os.write(1, b"ready\\n")
-while True:
-    signal.pause()
+sys.exit(10 + count)
 """
 COUNTING = ("--", sys.executable, "-c", COUNT)
 
