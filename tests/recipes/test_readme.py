@@ -89,42 +89,35 @@ class Place:
     @contextmanager
     def started(self, text: str = "dsmtpd") -> Iterator[Output]:
         """Run *text*, which starts dsmtpd; stop dsmtpd after the block."""
-        process = subprocess.Popen(
-            ["bash", "-c", text],
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        stdout, stderr = self.folder / "stdout", self.folder / "stderr"
+        with stdout.open("w") as out, stderr.open("w") as log:
+            process = subprocess.Popen(
+                ["bash", "-c", text],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+            )
         output = Output([], [])
         try:
-            self._wait(process)
+            self._wait(process, stdout, stderr, self.folder / "dsmtpd.log")
             yield output
         finally:
             if process.poll() is None:
                 os.kill(int(self._pid.read_text()), signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=PATIENCE)
-            output.stdout.extend(stdout.splitlines())
-            output.stderr.extend(stderr.splitlines())
+            process.wait(PATIENCE)
+            output.stdout.extend(stdout.read_text(encoding="utf-8").splitlines())
+            output.stderr.extend(stderr.read_text(encoding="utf-8").splitlines())
         assert process.returncode == 0, output
 
-    def _wait(self, process: subprocess.Popen[str]) -> None:
-        """Wait until dsmtpd listens on the port."""
+    def _wait(self, process: subprocess.Popen[bytes], *logs: Path) -> None:
+        """Wait until one of the *logs* says that dsmtpd has started."""
         end = time.monotonic() + PATIENCE
-        while not is_listened_on(self.port):
+        while not any("Starting dsmtpd" in log.read_text("utf-8") for log in logs if log.exists()):
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.02)
-
-
-def is_listened_on(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 class Output(NamedTuple):
