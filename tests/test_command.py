@@ -151,15 +151,10 @@ sys.exit(10 + count)
 COUNTING = ("--", sys.executable, "-c", COUNT)
 
 
-def says(daemon: Daemon, word: str) -> bool:
-    """Wait for the command's next line; return whether it is *word*."""
-    return daemon.output_line() == word
-
-
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU])
 def test_a_command_does_not_outlive_dsmtpd(start: Callable[..., Daemon], number: int) -> None:
     daemon = start("-p", "0", "--", "sh", "-c", "echo ready; exec sleep 60")
-    assert says(daemon, "ready")
+    assert daemon.output_line() == "ready"
     code, (*_, last) = daemon.end(number)
     assert code == 128 + number
     assert last.endswith(" INFO: Cleaning up")
@@ -167,9 +162,9 @@ def test_a_command_does_not_outlive_dsmtpd(start: Callable[..., Daemon], number:
 
 def test_a_signal_is_passed_on_once(start: Callable[..., Daemon]) -> None:
     daemon = start("-p", "0", *COUNTING)
-    assert says(daemon, "ready")
+    assert daemon.output_line() == "ready"
     daemon.process.send_signal(signal.SIGINT)
-    assert says(daemon, "interrupted")
+    assert daemon.output_line() == "interrupted"
     code, (_, last) = daemon.end(signal.SIGTERM)
     assert code == 11
     assert last.endswith("INFO: Cleaning up")
@@ -195,7 +190,7 @@ def start_in_terminal(
         pytest.skip("setsid is not installed")
     run = ["setsid", "--ctty", *with_preparation(preparation)]
     daemon = start("-p", "0", *command, run=run, stdin=inside)
-    assert says(daemon, "ready")
+    assert daemon.output_line() == "ready"
     return daemon
 
 
@@ -213,7 +208,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once(
     daemon.process.send_signal(signal.SIGSTOP)
     os.waitpid(daemon.process.pid, os.WUNTRACED)
     os.write(keys, b"\x03")
-    assert says(daemon, "interrupted")
+    assert daemon.output_line() == "interrupted"
     daemon.process.send_signal(signal.SIGTERM)
     daemon.process.send_signal(signal.SIGCONT)
     assert daemon.end()[0] == 11
@@ -226,7 +221,7 @@ def test_ctrl_c_reaches_a_command_in_its_own_process_group(
     command = ("--", sys.executable, "-c", f"import os; os.setpgid(0, 0)\n{COUNT}")
     daemon = start_in_terminal(start, inside, *command)
     os.write(keys, b"\x03")
-    assert says(daemon, "interrupted")
+    assert daemon.output_line() == "interrupted"
     assert daemon.end(signal.SIGTERM)[0] == 11
 
 

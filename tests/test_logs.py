@@ -77,16 +77,18 @@ def test_on_a_terminal_the_important_parts_stand_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "is_terminal", "formatter"),
+    ("platform", "environment", "is_terminal", "formatter"),
     [
-        ({"TERM": "xterm"}, True, logs.TerminalFormatter),
-        ({"TERM": "xterm", "NO_COLOR": ""}, True, logs.TerminalFormatter),
-        ({"TERM": "xterm"}, False, logs.Formatter),
-        ({"TERM": "dumb"}, True, logs.Formatter),
-        ({"TERM": "xterm", "NO_COLOR": "1"}, True, logs.Formatter),
+        ("linux", {"TERM": "xterm"}, True, logs.TerminalFormatter),
+        ("linux", {"TERM": "xterm", "NO_COLOR": ""}, True, logs.TerminalFormatter),
+        ("linux", {"TERM": "xterm"}, False, logs.Formatter),
+        ("linux", {"TERM": "dumb"}, True, logs.Formatter),
+        ("linux", {"TERM": "xterm", "NO_COLOR": "1"}, True, logs.Formatter),
+        ("win32", {"TERM": "xterm"}, True, logs.Formatter),
     ],
 )
 def test_only_a_terminal_that_may_show_colours_gets_them(
+    platform: str,
     environment: dict[str, str],
     formatter: type[logging.Formatter],
     monkeypatch: pytest.MonkeyPatch,
@@ -96,6 +98,7 @@ def test_only_a_terminal_that_may_show_colours_gets_them(
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

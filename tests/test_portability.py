@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import shutil
 import signal
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dsmtpd import logs, signals
+from dsmtpd import signals
 from dsmtpd.command import CommandError, run
 from dsmtpd.maildir import Maildir
 from dsmtpd.output import Output
 from dsmtpd.testing import messages
-from tests.test_command import SEND, says
+from tests.test_command import SEND
 from tests.test_main import with_preparation
 from tests.tools import MAIL, send, stored
 
@@ -86,7 +85,7 @@ def test_ctrl_c_is_left_to_the_command(
     with os.fdopen(inside), os.fdopen(outside, "w"):
         script = "echo ready; read line; exit 7"
         daemon = start("-p", "0", "--", "sh", "-c", script, run=WINDOWS, stdin=inside)
-        assert says(daemon, "ready")
+        assert daemon.output_line() == "ready"
         daemon.process.send_signal(signal.SIGINT)
     code, (*_, last) = daemon.end()
     assert code == 7
@@ -210,14 +209,3 @@ def test_a_mail_that_a_reader_moves_is_returned_once_even_without_colons_in_name
     # As seen while a reader moves it.
     (tmp_path / "cur" / f"{key}!2,S").write_bytes(MAIL)
     assert len(messages(tmp_path)) == 1
-
-
-def test_a_console_that_may_not_know_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    logs.configure()
-    (handler,) = logging.getLogger().handlers
-    assert type(handler.formatter) is logs.Formatter
