@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
@@ -18,7 +19,9 @@ import pytest
 from dsmtpd import signals
 from dsmtpd.command import CommandError, run
 from dsmtpd.maildir import Maildir
+from dsmtpd.options import Options
 from dsmtpd.output import Output
+from dsmtpd.server import Listener, ListenError
 from dsmtpd.testing import messages
 from tests.test_command import SEND
 from tests.test_main import with_preparation
@@ -100,6 +103,17 @@ def test_a_signal_with_a_handler_in_c_is_left_alone(start: Callable[..., Daemon]
         daemon = start("-p", str(port), "--", "true", run=run)
         reason = f"Cannot listen on 127.0.0.1, port {port}: Address already in use"
         assert daemon.failure() == (1, reason)
+
+
+def test_the_reason_of_a_socket_error_is_what_windows_calls_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = {errno.EADDRINUSE: "The network address is in use."}
+    monkeypatch.setattr(socket, "errorTab", texts, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listener = Listener(None, Options(port=other.getsockname()[1]))
+        with pytest.raises(ListenError, match=r": The network address is in use\.$"), listener:
+            pass
 
 
 @pytest.mark.usefixtures("_windows")

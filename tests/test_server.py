@@ -6,6 +6,8 @@ import re
 import resource
 import smtplib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -432,6 +434,30 @@ def test_a_server_that_stops_out_of_file_descriptors_reports_nothing_more(
             assert client.getreply()[0] == 250
             leaving.result(PATIENCE)
     assert troubles(caplog) == [OUT_OF_FILE_DESCRIPTORS]
+
+
+# A handler that ends the thread of the loop, and a client that makes it do so.
+ENDING = """
+import smtplib
+from dsmtpd.options import Options
+from dsmtpd.server import Listener
+class Handler:
+    async def handle_DATA(self, *_):
+        raise SystemExit
+with Listener(Handler(), Options(port=0)) as listener:
+    with smtplib.SMTP("127.0.0.1", listener.port, "client.test", timeout=20) as client:
+        try:
+            client.sendmail("a@example.com", ["b@example.com"], "Hi")
+        except smtplib.SMTPException:
+            client.close()
+"""
+
+
+def test_a_loop_that_has_ended_does_not_block_the_end() -> None:
+    command = [sys.executable, "-c", ENDING]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 1
+    assert "TimeoutError\n" in ended.stderr
 
 
 def test_leaving_the_block_cancels_the_tasks_of_a_handler() -> None:
